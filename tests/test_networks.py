@@ -1,0 +1,188 @@
+"""Every network against an independent implementation with the same weights."""
+
+import pytest
+import torch
+from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
+from torchvision.models import efficientnet_v2_s
+from torchvision.transforms.functional import normalize
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from wuerstchen_core.models.semantic_compressor import SemanticCompressor
+from wuerstchen_core.models.stage_a import VQGAN, StageAConfig
+from wuerstchen_core.models.stage_b import DiffNeXt, StageBConfig
+from wuerstchen_core.models.stage_c import Prior, StageCConfig
+from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
+
+TOLERANCE = 5e-5  # relative, float32
+
+STAGE_B = StageBConfig(
+    widths=(32, 64, 64, 128), heads=(0, 2, 1, 4), blocks=(1, 2, 3, 1), condition_width=48, text_width=40
+)
+
+
+def distance(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def randomise(network):
+    """Weights at which every part of the network matters (several start at zero)."""
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        fan = parameter[0].numel() if parameter.dim() > 1 else 4
+        parameter.data.normal_(std=fan**-0.5)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.weight.data.uniform_(0.5, 1.5)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def stage_c():
+    ours = randomise(Prior(StageCConfig(width=128, depth=3, heads=2, text_width=40)))
+    ours.out[1].weight.mul_(0.1)  # keeps b clear of 1, where the noise (x - a) / |1 - b| has a pole
+    theirs = WuerstchenPrior(c_in=16, c=128, c_cond=40, c_r=64, depth=3, nhead=2).eval()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.fixture(scope="module")
+def stage_b():
+    ours = randomise(DiffNeXt(STAGE_B))
+    theirs = WuerstchenDiffNeXt(
+        c_hidden=[32, 64, 64, 128], nhead=[-1, 2, 1, 4], blocks=[1, 2, 3, 1], c_cond=48, clip_embd=40
+    ).eval()
+    weights = ours.state_dict()
+    for name in [name for name in weights if name.endswith(".semantic.weight")]:
+        first = name.replace("semantic.weight", "channelwise.0.weight")
+        weights[first] = torch.cat([weights[first], weights.pop(name)], dim=1)
+    theirs.load_state_dict(weights)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("size", [(6, 6), (12, 7)])
+@torch.no_grad()
+def test_stage_c_is_diffusers(stage_c, size):
+    ours, theirs = stage_c
+    x, t, text = torch.randn(2, 16, *size), torch.tensor([0.9, 0.013]), torch.randn(2, 77, 40)
+    assert distance(ours(x, t, text), theirs(x, t, text)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "latent, semantic", [((32, 32), (3, 3)), ((64, 32), (6, 3)), ((16, 48), (12, 9))], ids=["square", "tall", "coarse"]
+)
+@torch.no_grad()
+def test_stage_b_is_diffusers(stage_b, latent, semantic):
+    ours, theirs = stage_b
+    x, t = torch.randn(2, 4, *latent), torch.tensor([1.0, 0.4])
+    features, text = torch.randn(2, 16, *semantic), torch.randn(2, 77, 40)
+    assert distance(ours(x, t, features, text), theirs(x, t, features, text)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_stage_b_without_text_attends_to_the_latent_alone(stage_b):
+    ours, theirs = stage_b
+    x, t, features = torch.randn(2, 4, 32, 32), torch.tensor([1.0, 0.4]), torch.randn(2, 16, 3, 3)
+    assert distance(ours(x, t, features), theirs(x, t, features, torch.empty(2, 0, 40))) < TOLERANCE
+
+
+@torch.no_grad()
+def test_one_time_for_the_batch_is_that_time_for_each(stage_b, stage_c):
+    x, semantic, text = torch.randn(3, 4, 32, 32), torch.randn(3, 16, 3, 3), torch.randn(3, 5, 40)
+    b, c = stage_b[0], stage_c[0]
+    once = b.denoise(x, b.modulate(torch.tensor([0.3]), torch.float32), b.condition(semantic, text, (32, 32)))
+    assert distance(once, b(x, torch.full((3,), 0.3), semantic, text)) < TOLERANCE
+    once = c.denoise(semantic, c.modulate(torch.tensor([0.3]), torch.float32), c.condition(text))
+    assert distance(once, c(semantic, torch.full((3,), 0.3), text)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_stage_a_is_diffusers():
+    ours = randomise(VQGAN(StageAConfig(widths=(24, 48), bottleneck_blocks=3, codebook_size=64)))
+    theirs = PaellaVQModel(embed_dim=48, bottleneck_blocks=3, num_vq_embeddings=64).eval()
+    weights = ours.state_dict()
+    weights["vquantizer.embedding.weight"] = weights.pop("vquantizer.codebook.weight")
+    theirs.load_state_dict(weights)
+    image = torch.rand(2, 3, 64, 32)
+    latent = ours.encode(image)
+    assert latent.shape == (2, 4, 16, 8)
+    assert distance(latent, theirs.encode(image).latents / 0.3764) < TOLERANCE
+    assert distance(ours.decode(latent), theirs.decode(latent * 0.3764).sample) < TOLERANCE
+    quantized, indices = ours.quantize(latent)
+    expected, _, (_, _, expected_indices) = theirs.vquantizer(latent * 0.3764)
+    assert (indices.flatten() == expected_indices.flatten()).all()
+    assert distance(quantized * 0.3764, expected) < TOLERANCE
+
+
+@torch.no_grad()
+def test_semantic_compressor_is_torchvision():
+    ours = randomise(SemanticCompressor())
+    theirs = efficientnet_v2_s().features.eval()
+    theirs.load_state_dict(ours.backbone.state_dict())
+    image = torch.rand(1, 3, 96, 64)
+    features = theirs(normalize(image, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]))
+    expected = ours.mapper(features)
+    assert ours(image).shape == (1, 16, 3, 2)
+    assert distance(ours(image), expected) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def text_encoder():
+    ours = randomise(TextEncoder(TextEncoderConfig(width=64, layers=2, heads=2)))
+    theirs = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, hidden_act="gelu"
+        )
+    ).eval()
+    weights = {
+        "embeddings.token_embedding.weight": ours.tower.token_embedding.weight,
+        "embeddings.position_embedding.weight": ours.tower.positional_embedding,
+        "final_layer_norm.weight": ours.tower.ln_final.weight,
+        "final_layer_norm.bias": ours.tower.ln_final.bias,
+    }
+    for i, block in enumerate(ours.tower.transformer.resblocks):
+        to = f"encoder.layers.{i}."
+        for kind in ("weight", "bias"):
+            fused = getattr(block.attn, f"in_proj_{kind}").chunk(3)
+            parts = dict(zip(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), fused))
+            parts |= {
+                "self_attn.out_proj": getattr(block.attn.out_proj, kind),
+                "layer_norm1": getattr(block.ln_1, kind),
+                "layer_norm2": getattr(block.ln_2, kind),
+                "mlp.fc1": getattr(block.mlp.c_fc, kind),
+                "mlp.fc2": getattr(block.mlp.c_proj, kind),
+            }
+            weights |= {f"{to}{part}.{kind}": value for part, value in parts.items()}
+    names = theirs.state_dict().keys()
+    prefix = "text_model." if any(name.startswith("text_model.") for name in names) else ""
+    theirs.load_state_dict({prefix + name: value for name, value in weights.items()})
+    return ours, theirs
+
+
+@pytest.mark.parametrize("words", [0, 1, 12, 200])
+@torch.no_grad()
+def test_text_encoder_is_transformers(text_encoder, words):
+    ours, theirs = text_encoder
+    prompts = [" ".join(["wurst"] * words), "a cat"]
+    tokens = ours.tokenize(prompts)
+    assert tokens.shape == (2, 77)
+    # The prompt's own end token is attended to, the padding after it is not.
+    length = [min(len(ours.tokenizer.encode(prompt)) + 2, 77) for prompt in prompts]
+    mask = torch.arange(77)[None] < torch.tensor(length)[:, None]
+    expected = theirs(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+    assert distance(ours(prompts), expected) < TOLERANCE
+
+
+def test_tokens_are_padded_with_the_end_token(text_encoder):
+    tokens = text_encoder[0].tokenize(["a cat"])[0].tolist()
+    assert tokens == [49406, 320, 2368] + [49407] * 74
+
+
+def test_released_sizes():
+    """Parameters in millions, as published."""
+    h = TextEncoderConfig(width=1024, layers=24, heads=16)
+    with torch.device("meta"):
+        sizes = {VQGAN(): 18.4, DiffNeXt(): 1055, Prior(): 994, TextEncoder(): 693, TextEncoder(h): 353}
+    for network, millions in sizes.items():
+        assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.005)

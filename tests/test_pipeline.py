@@ -1,0 +1,178 @@
+"""The stages put together, on a set of random networks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from wuerstchen_core import Geometry, WuerstchenError, pipeline
+from wuerstchen_core.diffusion.schedule import add_noise, alpha_bar
+
+FEW = {"steps_c": 2, "steps_b": 2}
+
+
+def text_of(tiny, prompt="a cat"):
+    return tiny.text_encoder_c([prompt])
+
+
+@pytest.mark.parametrize("width, height", [(256, 256), (320, 264), (72, 648)])
+def test_pictures_have_the_size_that_was_asked_for(tiny, width, height):
+    pictures = tiny.generate("a cat", width=width, height=height, **FEW)
+    assert pictures.shape == (1, height, width, 3)
+    assert pictures.min() >= 0 and pictures.max() <= 1 and pictures.std() > 0
+
+
+def test_the_seed_and_the_prompt_decide(tiny):
+    one, again = (tiny.generate("a cat", seed=3, **FEW) for _ in range(2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, tiny.generate("a cat", seed=4, **FEW))
+    assert not torch.equal(one, tiny.generate("a dog", seed=3, **FEW))
+    assert not torch.equal(one, tiny.generate("a cat", negative_prompt="a dog", seed=3, **FEW))
+
+
+def test_pictures_of_a_batch_differ(tiny):
+    pictures = tiny.generate("a cat", batch_size=3, **FEW)
+    assert all(not torch.equal(pictures[i], pictures[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_every_step_is_reported(tiny):
+    steps = []
+    tiny.generate("a cat", steps_c=3, steps_b=2, progress=lambda *step: steps.append(step))
+    assert steps == [("Stage C", 1, 3), ("Stage C", 2, 3), ("Stage C", 3, 3), ("Stage B", 1, 2), ("Stage B", 2, 2)]
+
+
+def test_one_step_of_stage_c_by_hand(tiny):
+    """From t = 1 to 0 in one step of DDIM, guidance 3, in the formulas' own words."""
+    text, empty = text_of(tiny), text_of(tiny, "")
+    noise = torch.randn(1, 16, 6, 6, generator=torch.Generator().manual_seed(9))
+    t = torch.ones(1)
+    uncond, cond = tiny.stage_c(noise, t, empty), tiny.stage_c(noise, t, text)
+    predicted = uncond + 3 * (cond - uncond)
+    at_1, at_0 = alpha_bar(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
+    expected = at_0**0.5 * (noise - (1 - at_1) ** 0.5 * predicted) / at_1**0.5 + (1 - at_0) ** 0.5 * predicted
+    sampled = pipeline.sample_stage_c(
+        tiny.stage_c, torch.zeros(1, 16, 6, 6), text, empty, steps=1, cfg=3.0, sampler="ddim", seed=9
+    )
+    torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_one_step_of_stage_b_by_hand(tiny):
+    """Stage B gets raw features, (latent * 2 - 0.5) here; the unconditional half gets zeros."""
+    latent = torch.randn(1, 16, 6, 6)
+    features = latent * 2 - 0.5
+    text, empty = text_of(tiny), text_of(tiny, "")
+    noise = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(9))
+    t = torch.ones(1)
+    cond = tiny.stage_b(noise, t, features, text)
+    uncond = tiny.stage_b(noise, t, torch.zeros_like(features), empty)
+    at_1, at_0 = alpha_bar(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
+    for cfg, predicted in ((1.0, cond), (2.0, uncond + 2 * (cond - uncond))):
+        expected = at_0**0.5 * (noise - (1 - at_1) ** 0.5 * predicted) / at_1**0.5 + (1 - at_0) ** 0.5 * predicted
+        sampled = pipeline.sample_stage_b(
+            tiny.stage_b, latent, Geometry(256, 256), text, empty, steps=1, cfg=cfg, sampler="ddim", seed=9
+        )
+        torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=2e-3)
+
+
+def test_denoise_starts_from_the_latent_with_noise(tiny):
+    latent = torch.randn(1, 16, 6, 6)
+    text = text_of(tiny)
+    seen = []
+    network = tiny.stage_c
+    original = network.denoise
+
+    def spy(x, modulation, condition):
+        seen.append(x)
+        return original(x, modulation, condition)
+
+    network.denoise = spy
+    try:
+        options = {"steps": 2, "cfg": 1.0, "seed": 5}
+        kept = pipeline.sample_stage_c(network, latent, text, denoise=0.0, **options)
+        pipeline.sample_stage_c(network, latent, text, denoise=0.4, **options)
+        pipeline.sample_stage_c(network, latent, text, denoise=1.0, **options)
+    finally:
+        del network.denoise
+    noise = torch.randn(1, 16, 6, 6, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(kept, latent)
+    torch.testing.assert_close(seen[0], add_noise(latent, noise, 0.4))
+    torch.testing.assert_close(seen[2], noise)
+
+
+def test_outside_of_the_mask_the_latent_stays(tiny):
+    latent = torch.randn(2, 16, 6, 6)
+    mask = torch.zeros(1, 1, 6, 6)
+    mask[..., 3:] = 1
+    sampled = pipeline.sample_stage_c(tiny.stage_c, latent, text_of(tiny), cfg=1.0, steps=2, mask=mask)
+    assert torch.equal(sampled[..., :3], latent[..., :3])
+    assert not torch.isclose(sampled[..., 3:], latent[..., 3:]).any(dim=1).all()
+
+
+def test_a_picture_of_a_batch_alone(tiny):
+    latent = torch.zeros(3, 16, 6, 6)
+    options = {"steps": 4, "cfg": 1.0, "seed": 1, "sampler": "ddpm"}
+    batch = pipeline.sample_stage_c(tiny.stage_c, latent, text_of(tiny), **options)
+    alone = pipeline.sample_stage_c(tiny.stage_c, latent[:1], text_of(tiny), batch_index=[2], **options)
+    first = pipeline.sample_stage_c(tiny.stage_c, latent[:1], text_of(tiny), **options)
+    torch.testing.assert_close(alone, batch[2:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first, batch[:1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_picture_lies_in_the_middle_of_what_the_networks_work_on(tiny):
+    """Stage A's round trip of a picture with a margin is that of the padded picture, cut out."""
+    image = torch.rand(1, 200, 136, 3)
+    latent = pipeline.encode(tiny.stage_a, image)
+    assert latent.shape == (1, 4, 64, 48)
+    padded = F.pad(rearrange(image, "b h w c -> b c h w"), (28, 28, 28, 28), mode="replicate")
+    expected = tiny.stage_a.decode(tiny.stage_a.encode(padded))[:, :, 28:228, 28:164].clamp(0, 1)
+    decoded = pipeline.decode(tiny.stage_a, latent, Geometry(width=136, height=200))
+    torch.testing.assert_close(decoded, rearrange(expected, "b c h w -> b h w c"))
+
+
+def test_compressed_pictures_lie_in_stage_c_space(tiny):
+    image = torch.rand(1, 256, 512, 3)
+    planes = F.interpolate(rearrange(image, "b h w c -> b c h w"), size=(192, 384), mode="bicubic", antialias=True)
+    features = tiny.semantic_compressor(planes.clamp(0, 1))
+    latent = pipeline.compress(tiny.semantic_compressor, image)
+    assert latent.shape == (1, 16, 6, 12)
+    torch.testing.assert_close(latent, (features + 0.5) / 2)
+
+
+def test_a_picture_counts_less_the_more_is_drawn_anew(tiny):
+    images = torch.rand(2, 300, 200, 3)
+    pictures = [tiny.generate("a cat", image=image, denoise=0.5, **FEW) for image in images]
+    assert not torch.equal(*pictures)
+    variations = [tiny.generate("a cat", image=image, denoise=0.0, **FEW) for image in images]
+    assert not torch.equal(*variations)
+    anew = [tiny.generate("a cat", image=image, denoise=1.0, **FEW) for image in images]
+    assert torch.equal(*anew) and torch.equal(anew[0], tiny.generate("a cat", **FEW))
+
+
+def test_fit_covers_and_takes_the_middle():
+    image = torch.zeros(1, 128, 512, 3)
+    image[:, :, 192:320] = 1  # the middle square of a wide picture
+    fitted = pipeline.fit(image, Geometry(256, 256))
+    assert fitted.shape == (1, 256, 256, 3)
+    assert fitted[:, :, 8:-8].min() > 0.99
+
+
+def test_text_of_another_encoder_is_named(tiny):
+    with pytest.raises(WuerstchenError, match="Stage C .* width 32, .* width 48"):
+        pipeline.sample_stage_c(tiny.stage_c, torch.zeros(1, 16, 6, 6), torch.zeros(1, 77, 48), cfg=1.0)
+    with pytest.raises(WuerstchenError, match="Stage B .* width 32, .* width 48"):
+        pipeline.sample_stage_b(tiny.stage_b, torch.zeros(1, 16, 6, 6), Geometry(256, 256), torch.zeros(1, 77, 48))
+
+
+@pytest.mark.parametrize("options, word", [
+    ({"width": 100}, "width"), ({"batch_size": 0}, "batch_size"), ({"steps_c": 0}, "steps"),
+    ({"sampler": "euler"}, "euler"), ({"schedule": "karras"}, "karras"),
+    ({"image": torch.rand(64, 64, 3), "denoise": 2.0}, "denoise"),
+])
+def test_bad_options_are_named(tiny, options, word):
+    with pytest.raises(WuerstchenError, match=word):
+        tiny.generate("a cat", **{**FEW, **options})
+
+
+@pytest.mark.parametrize("prompt", ["", "猫", "🍕", "\x00\x1b", "word " * 300])
+def test_any_text_is_a_prompt(tiny, prompt):
+    assert torch.isfinite(tiny.generate(prompt, **FEW)).all()

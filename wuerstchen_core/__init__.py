@@ -1,0 +1,25 @@
+"""Würstchen (arXiv 2306.00637): text to image in three stages. The interface is what is named here."""
+
+from .checkpoints.files import (
+    load_semantic_compressor,
+    load_stage_a,
+    load_stage_b,
+    load_stage_c,
+    load_text_encoder,
+    save,
+)
+from .errors import WuerstchenError
+from .geometry import Geometry
+from .pipeline import Wuerstchen
+
+__all__ = [
+    "Geometry",
+    "Wuerstchen",
+    "WuerstchenError",
+    "load_semantic_compressor",
+    "load_stage_a",
+    "load_stage_b",
+    "load_stage_c",
+    "load_text_encoder",
+    "save",
+]

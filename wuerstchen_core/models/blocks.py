@@ -1,0 +1,151 @@
+"""The blocks that Stage B and Stage C are made of (arXiv 2306.00637, appendix; names as in the published weights).
+
+Pictures of features are (B, C, H, W) everywhere, kept channels-last in memory so that the channel-wise Linears and
+LayerNorms read contiguous rows.
+
+What a block takes from the prompt or the time does not change from step to step: `condition` and `modulate` compute
+it once a run, `forward` takes the result.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """(N,) times in [0, 1] -> (N, width): sines, then cosines, of t * 10000 at geometric frequencies, in float32."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
+    angles = t.float()[:, None] * 10000 * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class LayerNorm2d(nn.Module):
+    """LayerNorm over the channels of (B, C, H, W), without affine parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_planes(F.layer_norm(to_rows(x), (x.shape[1],), eps=1e-6))
+
+
+class GlobalResponseNorm(nn.Module):
+    """ConvNeXt V2's global response normalisation of (B, H, W, C) over H and W."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        response = (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+        gamma, beta = self.gamma.to(x), self.beta.to(x)
+        return torch.addcmul(beta, x, 1 + gamma * response)
+
+
+class ResBlock(nn.Module):
+    """Depthwise convolution, then a channel-wise MLP with GRN.
+
+    `skip` channels (Stage B's way down) join after the norm; `semantic` channels (the condition of Stage B) have a
+    Linear of their own, so that their share of the sum is known before the first step.
+    """
+
+    def __init__(self, channels: int, skip: int = 0, semantic: int = 0, dropout: float = 0.0, operations=nn):
+        super().__init__()
+        self.depthwise = operations.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.norm = LayerNorm2d()
+        self.channelwise = nn.Sequential(
+            operations.Linear(channels + skip, channels * 4),
+            nn.GELU(),
+            GlobalResponseNorm(channels * 4),
+            nn.Dropout(dropout),
+            operations.Linear(channels * 4, channels),
+        )
+        self.semantic = operations.Linear(semantic, channels * 4, bias=False) if semantic else None
+
+    def forward(self, x: Tensor, skip: Tensor | None = None, share: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), skip (B, skip, H, W), share (B, H, W, 4C): the semantic part of the first Linear."""
+        h = self.norm(self.depthwise(x))
+        if skip is not None:
+            h = torch.cat([h, skip], dim=1)
+        h = self.channelwise[0](to_rows(h))
+        if share is not None:
+            h = h + share
+        return x + to_planes(self.channelwise[1:](h))
+
+
+class TimestepBlock(nn.Module):
+    """Scale and shift by the time."""
+
+    def __init__(self, channels: int, time_width: int, operations=nn):
+        super().__init__()
+        self.mapper = operations.Linear(time_width, channels * 2)
+
+    def modulate(self, embedding: Tensor) -> Tensor:
+        """(N, time_width) -> (N, 2C, 1, 1)"""
+        return self.mapper(embedding)[:, :, None, None]
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        scale, shift = modulation.chunk(2, dim=1)
+        return torch.addcmul(shift, x, 1 + scale)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with biases everywhere; the four projections carry diffusers' names."""
+
+    def __init__(self, channels: int, heads: int, operations=nn):
+        super().__init__()
+        self.heads = heads
+        self.to_q = operations.Linear(channels, channels)
+        self.to_k = operations.Linear(channels, channels)
+        self.to_v = operations.Linear(channels, channels)
+        self.to_out = nn.ModuleList([operations.Linear(channels, channels)])
+
+    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, C) -> keys and values (B, heads, L, C / heads)"""
+        return self._split(self.to_k(tokens)), self._split(self.to_v(tokens))
+
+    def forward(self, tokens: Tensor, context: tuple[Tensor, Tensor] | None) -> Tensor:
+        """tokens (B, N, C) attend to themselves and to the context's keys and values."""
+        query = self._split(self.to_q(tokens))
+        keys, values = self.keys_values(tokens)
+        if context is not None:
+            keys, values = (
+                torch.cat([own, given.expand(own.shape[0], -1, -1, -1)], dim=2)
+                for own, given in zip((keys, values), context)
+            )
+        attended = F.scaled_dot_product_attention(query, keys, values)
+        return self.to_out[0](rearrange(attended, "b heads n c -> b n (heads c)"))
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return rearrange(tokens, "b n (heads c) -> b heads n c", heads=self.heads)
+
+
+class AttnBlock(nn.Module):
+    """Attention from the latent's positions to themselves and to the text."""
+
+    def __init__(self, channels: int, text_width: int, heads: int, operations=nn):
+        super().__init__()
+        self.norm = LayerNorm2d()
+        self.attention = Attention(channels, heads, operations)
+        self.kv_mapper = nn.Sequential(nn.SiLU(), operations.Linear(text_width, channels))
+
+    def condition(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, text_width) -> the text's keys and values"""
+        return self.attention.keys_values(self.kv_mapper(text))
+
+    def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None) -> Tensor:
+        rows, columns = x.shape[-2:]
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        attended = self.attention(tokens, context)
+        return x + rearrange(attended, "b (h w) c -> b c h w", h=rows, w=columns)
+
+
+def to_rows(x: Tensor) -> Tensor:
+    return rearrange(x, "b c h w -> b h w c")
+
+
+def to_planes(x: Tensor) -> Tensor:
+    return rearrange(x, "b h w c -> b c h w")

@@ -1,0 +1,164 @@
+"""Stage B: latent diffusion in Stage A's space, conditioned on the semantic latent and on text (paper section 3)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import AttnBlock, LayerNorm2d, ResBlock, TimestepBlock, timestep_embedding, to_rows
+from .latent_space import LatentSpace
+
+
+@dataclass(frozen=True)
+class StageBConfig:
+    """The defaults are the released v2."""
+
+    latent_channels: int = 4
+    patch: int = 2
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    heads: tuple[int, ...] = (0, 10, 20, 20)  # 0: the level has no attention
+    blocks: tuple[int, ...] = (4, 4, 14, 4)
+    semantic: tuple[bool, ...] = (False, True, True, True)  # which levels get the semantic latent
+    semantic_channels: int = 16
+    condition_width: int = 1024
+    text_width: int = 1024
+    time_width: int = 64
+    dropout: float = 0.0
+    latent_space: LatentSpace = field(default_factory=LatentSpace)  # of the Stage C it works with
+
+
+class StageBCondition(NamedTuple):
+    """What Stage B takes from the semantic latent and the text, in the order of its blocks."""
+
+    shares: list  # of every ResBlock: (level's latent (B, h, w, 16), matrix (4C, 16), offset (4C,)), or None
+    contexts: list  # of every AttnBlock: keys and values, or None
+
+
+class DiffNeXt(nn.Module):
+    """Predicts the noise in a latent of Stage A: a U-Net of ConvNeXt blocks with attention on its lower levels.
+
+    `diffnext(x, t, semantic, text)` does it all; a sampler calls `condition` and `modulate` once a run and `denoise`
+    every step.
+    """
+
+    def __init__(self, config: StageBConfig = StageBConfig(), operations=nn):
+        super().__init__()
+        self.config = config
+        widths = config.widths
+        levels = range(len(widths))
+        deepest = levels[-1]
+        patch_channels = config.latent_channels * config.patch**2
+
+        def level_blocks(level: int, skip: int = 0) -> Iterator[nn.Module]:
+            width, heads = widths[level], config.heads[level]
+            semantic = config.condition_width if config.semantic[level] else 0
+            for i in range(config.blocks[level]):
+                yield ResBlock(width, skip if i == 0 else 0, semantic, config.dropout, operations)
+                yield TimestepBlock(width, config.time_width, operations)
+                if heads:
+                    yield AttnBlock(width, config.condition_width, heads, operations)
+
+        self.clip_mapper = operations.Linear(config.text_width, config.condition_width)
+        self.effnet_mappers = nn.ModuleList(
+            operations.Conv2d(config.semantic_channels, config.condition_width, 1) if config.semantic[level] else None
+            for level in (*levels, *reversed(levels))
+        )
+        self.embedding = nn.Sequential(
+            nn.PixelUnshuffle(config.patch), operations.Conv2d(patch_channels, widths[0], 1), LayerNorm2d()
+        )
+        self.down_blocks = nn.ModuleList()
+        for level in levels:
+            blocks = nn.ModuleList(level_blocks(level))
+            if level > 0:
+                shrink = operations.Conv2d(widths[level - 1], widths[level], 2, stride=2)
+                blocks.insert(0, nn.Sequential(LayerNorm2d(), shrink))
+            self.down_blocks.append(blocks)
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(levels):
+            blocks = nn.ModuleList(level_blocks(level, skip=widths[level] if level < deepest else 0))
+            if level > 0:
+                grow = operations.ConvTranspose2d(widths[level], widths[level - 1], 2, stride=2)
+                blocks.append(nn.Sequential(LayerNorm2d(), grow))
+            self.up_blocks.append(blocks)
+        self.clf = nn.Sequential(
+            LayerNorm2d(), operations.Conv2d(widths[0], 2 * patch_channels, 1), nn.PixelShuffle(config.patch)
+        )
+
+    def condition(self, semantic: Tensor, text: Tensor | None, size: tuple[int, int]) -> StageBCondition:
+        """semantic (B, 16, p, q) raw features, text (B, L, text_width) or None, size (rows, columns) of x."""
+        if text is not None:
+            text = F.layer_norm(self.clip_mapper(text), (self.config.condition_width,), eps=1e-6)
+        shares, contexts = [], []
+        depth = len(self.config.widths)
+        for i, blocks in enumerate((*self.down_blocks, *self.up_blocks)):
+            level = min(i, 2 * depth - 1 - i)
+            mapper = self.effnet_mappers[i]
+            if mapper is not None:
+                level_size = [side // (self.config.patch << level) for side in size]
+                resized = to_rows(_resize(semantic, level_size))
+            for block in blocks:
+                if isinstance(block, ResBlock):
+                    shares.append(None if mapper is None else (resized, *_affine(mapper, block.semantic, resized)))
+                elif isinstance(block, AttnBlock):
+                    contexts.append(None if text is None else block.condition(text))
+        return StageBCondition(shares, contexts)
+
+    def modulate(self, t: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """t (N,) in [0, 1] -> scale and shift (N, 2C, 1, 1) of every timestep block, in `dtype`."""
+        embedding = timestep_embedding(t, self.config.time_width).to(dtype)
+        return [block.modulate(embedding) for block in self.modules() if isinstance(block, TimestepBlock)]
+
+    def denoise(self, x: Tensor, modulation: list[Tensor], condition: StageBCondition) -> Tensor:
+        """x (B, 4, h, w), sides multiples of 16 -> the noise in it, the same shape."""
+        modulations, shares, contexts = iter(modulation), iter(condition.shares), iter(condition.contexts)
+
+        def run(blocks: nn.ModuleList, h: Tensor, skip: Tensor | None = None) -> Tensor:
+            for block in blocks:
+                if isinstance(block, ResBlock):
+                    share = next(shares)
+                    h = block(h, skip, None if share is None else F.linear(*share))
+                    skip = None
+                elif isinstance(block, TimestepBlock):
+                    h = block(h, next(modulations))
+                elif isinstance(block, AttnBlock):
+                    h = block(h, next(contexts))
+                else:
+                    h = block(h)
+            return h
+
+        h = self.embedding(x.contiguous(memory_format=torch.channels_last))
+        way_down = []
+        for blocks in self.down_blocks:
+            h = run(blocks, h)
+            way_down.append(h)
+        h = run(self.up_blocks[0], way_down.pop())
+        for blocks in self.up_blocks[1:]:
+            h = run(blocks, h, skip=way_down.pop())
+        a, b = self.clf(h).chunk(2, dim=1)
+        return (x - a) / (b.sigmoid() * (1 - 2e-3) + 1e-3)
+
+    def forward(self, x: Tensor, t: Tensor, semantic: Tensor, text: Tensor | None = None) -> Tensor:
+        """x (B, 4, h, w), t (B,) in [0, 1], semantic (B, 16, p, q) raw features, text (B, L, text_width) or None
+        -> the noise in x, the same shape."""
+        return self.denoise(x, self.modulate(t, x.dtype), self.condition(semantic, text, x.shape[-2:]))
+
+
+def _resize(semantic: Tensor, size: list[int]) -> Tensor:
+    resized = F.interpolate(semantic.float(), size=size, mode="bicubic", antialias=True, align_corners=True)
+    return resized.to(semantic.dtype)
+
+
+def _affine(mapper: nn.Module, linear: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The 1x1 convolution and the Linear behind it as one affine map: 16 channels instead of the condition's width.
+
+    It is read off their outputs for zero and for the unit vectors, so that it holds for whatever a host puts in a
+    layer's place (casting, offloading, patched weights).
+    """
+    channels = mapper.in_channels
+    probe = torch.cat([torch.zeros(1, channels), torch.eye(channels)]).to(like)
+    image = linear(to_rows(mapper(probe[:, :, None, None])))[:, 0, 0]
+    offset = image[0]
+    return (image[1:] - offset).T.contiguous(), offset

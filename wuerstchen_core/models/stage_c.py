@@ -1,0 +1,66 @@
+"""Stage C: latent diffusion in the semantic compressor's space, conditioned on text (paper section 3)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import AttnBlock, LayerNorm2d, ResBlock, TimestepBlock, timestep_embedding
+
+
+@dataclass(frozen=True)
+class StageCConfig:
+    """The defaults are the released v2."""
+
+    latent_channels: int = 16
+    width: int = 1536
+    depth: int = 32
+    heads: int = 24
+    text_width: int = 1280
+    time_width: int = 64
+    dropout: float = 0.0
+
+
+class Prior(nn.Module):
+    """Predicts the noise in a latent of Stage C.
+
+    `prior(x, t, text)` does it all; a sampler calls `condition` and `modulate` once a run and `denoise` every step.
+    """
+
+    def __init__(self, config: StageCConfig = StageCConfig(), operations=nn):
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.projection = operations.Conv2d(config.latent_channels, width, 1)
+        self.cond_mapper = nn.Sequential(
+            operations.Linear(config.text_width, width), nn.LeakyReLU(0.2), operations.Linear(width, width)
+        )
+        self.blocks = nn.ModuleList()
+        for _ in range(config.depth):
+            self.blocks.append(ResBlock(width, dropout=config.dropout, operations=operations))
+            self.blocks.append(TimestepBlock(width, config.time_width, operations))
+            self.blocks.append(AttnBlock(width, width, config.heads, operations))
+        self.out = nn.Sequential(LayerNorm2d(), operations.Conv2d(width, config.latent_channels * 2, 1))
+
+    def condition(self, text: Tensor) -> list:
+        """text (B, L, text_width) -> the keys and values of every attention block."""
+        text = self.cond_mapper(text)
+        return [block.condition(text) for block in self.blocks[2::3]]
+
+    def modulate(self, t: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """t (N,) in [0, 1] -> scale and shift (N, 2 * width, 1, 1) of every timestep block, in `dtype`."""
+        embedding = timestep_embedding(t, self.config.time_width).to(dtype)
+        return [block.modulate(embedding) for block in self.blocks[1::3]]
+
+    def denoise(self, x: Tensor, modulation: list[Tensor], condition: list) -> Tensor:
+        """x (B, 16, p, q) -> the noise in it, the same shape."""
+        h = self.projection(x.contiguous(memory_format=torch.channels_last))
+        for i, (scale_shift, context) in enumerate(zip(modulation, condition)):
+            res, time, attn = self.blocks[3 * i : 3 * i + 3]
+            h = attn(time(res(h), scale_shift), context)
+        a, b = self.out(h).chunk(2, dim=1)
+        return (x - a) / ((1 - b).abs() + 1e-5)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """x (B, 16, p, q), t (B,) in [0, 1], text (B, L, text_width) -> the noise in x, the same shape."""
+        return self.denoise(x, self.modulate(t, x.dtype), self.condition(text))
