@@ -1,0 +1,67 @@
+"""Captions for pictures of emoji, as people would type them."""
+
+import random
+
+from .emoji import Description
+
+SIZE_WORDS = {"tiny": ("tiny", "very small"), "small": ("small", "little"), "big": ("big", "large", "huge")}
+COLOUR_WORDS = {"gray": ("gray", "grey"), "navy": ("navy", "navy blue")}
+AMBIGUOUS = {word for spellings in SIZE_WORDS.values() for word in spellings}
+
+
+def plain_caption(name: str, style: str) -> str:
+    """The canonical prompt for a plain picture, which evaluations use."""
+    return f"{name}, {style} style"
+
+
+def caption(description: Description, generator: random.Random) -> str:
+    """A caption in one of many wordings: sometimes without the style, always with whatever is not plain."""
+    d = description
+    chance = generator.random()
+    keywords = [k for k in d.keywords if k not in AMBIGUOUS]
+    by_keywords = chance < 0.15 and len(keywords) >= 2
+    style = None if generator.random() < 0.1 else d.style
+    size = generator.choice(SIZE_WORDS[d.size]) if d.size else None
+    tail = []
+
+    if by_keywords:
+        subject = ", ".join(generator.sample(keywords, min(len(keywords), generator.choice((2, 3)))))
+        if size:
+            tail.append(f", {size}")
+    else:
+        subject = d.name
+        if style and generator.random() < 0.2:
+            subject, style = generator.choice((f"{d.style} emoji of {_article(d.name)}", f"{d.style} {d.name}")), None
+        if size and generator.random() < 0.75:
+            subject = f"{size} {subject}"
+        elif size:
+            tail.append(f", {size}")
+        if generator.random() < 0.4:
+            subject = _article(subject)
+        if 0.15 <= chance < 0.25 and keywords:
+            tail.append(f", {generator.choice(keywords)}")
+
+    if style:
+        spellings = (", {} style", ", {} style", " in {} style", " in the {} style", ", {} emoji", ", {}")
+        tail.append(generator.choice(spellings).format(style))
+    if d.background:
+        colour = generator.choice(COLOUR_WORDS.get(d.background, (d.background,)))
+        spellings = (" on {a} background", ", {} background", " on {}", ", on {a} background", " with {a} background")
+        tail.append(generator.choice(spellings).format(colour, a=_article(colour)))
+    if d.place:
+        tail.append(generator.choice((" {}", ", {}")).format(d.place))
+
+    # Phrases without a comma come first, where they belong to the subject and not to what another comma set apart.
+    generator.shuffle(tail)
+    tail.sort(key=lambda phrase: phrase.startswith(","))
+    text = subject + "".join(tail)
+    chance = generator.random()
+    return text.capitalize() if chance < 0.08 else text.upper() if chance < 0.1 else text
+
+
+def _article(words: str) -> str:
+    """The words after "a" or "an", or as they are where they look like a plural."""
+    if words.endswith("s") and not words.endswith(("ss", "us")):
+        return words
+    vowel = words.startswith((*"aeiou", "hour")) and not words.startswith(("uni", "ewe", "euro", "one"))
+    return f"{'an' if vowel else 'a'} {words}"

@@ -1,0 +1,36 @@
+"""What the networks are trained on (DESIGN section 3, "Training")."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..diffusion.schedule import add_noise, alpha_bar
+
+
+def training_times(count: int) -> Tensor:
+    """(count,) times: uniform on (0, 1], a little more often exactly 1."""
+    return ((1 - torch.rand(count)) * 1.08 + 0.001).clamp(0.001, 1.0)
+
+
+def diffusion_loss(model, clean: Tensor) -> Tensor:
+    """Squared error of the predicted noise, weighted by 1 / (1 + signal-to-noise ratio) (arXiv 2204.00227).
+
+    `model(x, t)` predicts the noise in x (B, ...) at times t (B,); `clean` (B, ...) is what it should find.
+    """
+    t = training_times(len(clean))
+    noise = torch.randn_like(clean)
+    signal = alpha_bar(t)
+    error = (model(add_noise(clean, noise, t), t) - noise).square().flatten(1).mean(dim=1)
+    return (error / (1 + signal / (1 - signal))).mean()
+
+
+def contrastive_loss(texts: Tensor, pictures: Tensor, scale: Tensor, same: Tensor) -> Tensor:
+    """CLIP's loss (arXiv 2103.00020) between (B, C) embeddings; pairs of the same emoji, `same` (B, B), all count."""
+    logits = scale * F.normalize(texts, dim=1) @ F.normalize(pictures, dim=1).T
+    target = same.float() / same.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def quantization_loss(latent: Tensor, quantized: Tensor, commitment: float = 0.25) -> Tensor:
+    """VQ-VAE's codebook and commitment losses (arXiv 1711.00937)."""
+    return F.mse_loss(quantized, latent.detach()) + commitment * F.mse_loss(latent, quantized.detach())

@@ -1,0 +1,379 @@
+"""The embedded model's recipe: five networks, one after another, each from the ones before it.
+
+Stage A learns pictures. The semantic compressor learns to keep what a small decoder needs to draw the picture again
+(its published sibling starts from ImageNet weights instead). Their features of a fixed set of pictures are computed
+once. The text encoder learns which caption belongs to which semantic latent. Stages B and C learn diffusion on the
+features.
+"""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..atomic import replacing
+from ..checkpoints import files
+from ..diffusion.schedule import add_noise
+from ..errors import WuerstchenError
+from ..geometry import Geometry
+from ..models.blocks import LayerNorm2d, ResBlock, TimestepBlock
+from ..models.latent_space import LatentSpace
+from ..models.semantic_compressor import BackboneStage, SemanticCompressor, SemanticCompressorConfig
+from ..models.stage_a import VQGAN, StageAConfig
+from ..models.stage_b import DiffNeXt, StageBConfig
+from ..models.stage_c import Prior, StageCConfig
+from ..models.text_encoder import TextEncoder, TextEncoderConfig
+from .captions import caption
+from .emoji import Description, EmojiSet
+from .loop import Plan, train
+from .losses import contrastive_loss, diffusion_loss, quantization_loss
+
+SIDE = 256
+GEOMETRY = Geometry(SIDE, SIDE)
+LATENT_SPACE = LatentSpace(shift=0.0, scale=1.0)
+
+STAGE_A = StageAConfig(widths=(48, 96), bottleneck_blocks=3, codebook_size=1024, scale_factor=1.0)
+COMPRESSOR = SemanticCompressorConfig(
+    stem=16,
+    stages=tuple(BackboneStage(True, 4, 2, channels, 1) for channels in (32, 64, 128, 192)),
+    features=384,
+    latent_space=LATENT_SPACE,
+)
+TEXT_ENCODER = TextEncoderConfig(width=128, layers=4, heads=2)
+STAGE_B = StageBConfig(
+    widths=(64, 128, 192, 256),
+    heads=(0, 2, 3, 4),
+    blocks=(1, 2, 3, 1),
+    condition_width=128,
+    text_width=128,
+    latent_space=LATENT_SPACE,
+)
+STAGE_C = StageCConfig(width=256, depth=6, heads=4, text_width=128)
+
+PLANS = {
+    "stage_a": Plan(steps=3500, batch=16, learning_rate=2e-3),
+    "semantic_compressor": Plan(steps=1600, batch=16, learning_rate=2e-3),
+    "text_encoder": Plan(steps=1500, batch=256, learning_rate=1e-3),
+    "stage_b": Plan(steps=8000, batch=16, learning_rate=1e-3),
+    "stage_c": Plan(steps=3000, batch=48, learning_rate=1e-3),
+}
+
+VARIANTS = 5  # pictures of each emoji whose features are kept: the plain one, and others
+PATCH = 16  # pixels of a small picture to a position of Stage C's latent: the compressor learns on 96x96
+CROP = 64  # Stage A learns from crops of this side
+REPEATS = 4  # Stage C sees each caption of a batch at this many noise levels
+
+
+def train_mini(data: str | Path, work: str | Path, only: str | None = None, steps: int | None = None) -> None:
+    """Train the mini's networks, or `only` one of them, on the emoji of `data`; weights and checkpoints go to `work`.
+
+    What is in `work` already is not trained again; an interrupted run goes on where it was saved.
+
+    Raises:
+        WuerstchenError: there is no data set in `data`, or `only` is none of the networks.
+    """
+    if only not in (None, *PLANS):
+        raise WuerstchenError(f"the mini has no network {only!r}: take one of {', '.join(PLANS)}")
+    emoji, work = EmojiSet(data), Path(work)
+    work.mkdir(parents=True, exist_ok=True)
+    for name in (only,) if only else PLANS:
+        plan = dataclasses.replace(PLANS[name], steps=steps) if steps else PLANS[name]
+        if not (work / f"{name}.safetensors").exists():
+            TRAINERS[name](emoji, work, plan)
+
+
+def train_stage_a(emoji: EmojiSet, work: Path, plan: Plan) -> None:
+    """Reconstruction and codebook: a quarter of a batch is decoded from quantized latents, the rest as Stage B gives
+    them."""
+    stage_a = VQGAN(STAGE_A)
+
+    def loss(generator: random.Random) -> Tensor:
+        pictures = torch.stack([_crop(_draw(emoji, generator)[0], generator) for _ in range(plan.batch)])
+        latent = stage_a.encode(pictures)
+        quantized, indices = stage_a.quantize(latent)
+        if generator.random() < 0.02:
+            stage_a.revive(latent, indices)
+        straight_through = latent + (quantized - latent).detach()
+        some = plan.batch // 4
+        drawn = stage_a.decode(torch.cat([straight_through[:some], latent[some:]]))
+        error = F.l1_loss(drawn, pictures) + 10 * F.mse_loss(drawn, pictures)
+        return error + 0.1 * quantization_loss(latent, quantized)
+
+    train(stage_a, loss, plan, work / "stage_a.pt")
+    generator = random.Random(plan.seed)
+    with torch.no_grad():
+        deviation = stage_a.encode(torch.stack([_draw(emoji, generator)[0] for _ in range(64)])).std().item()
+    stage_a.config = dataclasses.replace(stage_a.config, scale_factor=deviation)
+    files.save(stage_a, work / "stage_a.safetensors", torch.float16)
+
+
+class PictureDecoder(nn.Module):
+    """Semantic latent (B, 16, p, q) -> picture of 16 times its size: what the compressor is trained with.
+
+    It starts as the linear decoder of `patches`, the principal components of PATCH x PATCH pixels, to which its blocks
+    learn to add.
+    """
+
+    def __init__(self, patches: "PatchComponents", widths: tuple[int, ...] = (256, 128, 64)):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(16, widths[0], 1)]
+        for width, narrower in zip(widths, (*widths[1:], None)):
+            layers.append(ResBlock(width))
+            if narrower:
+                layers += [LayerNorm2d(), nn.ConvTranspose2d(width, narrower, 2, stride=2)]
+        layers += [LayerNorm2d(), nn.Conv2d(widths[-1], 3 * 4**2, 3, padding=1), nn.PixelShuffle(4)]
+        nn.init.zeros_(layers[-2].weight)
+        self.layers = nn.Sequential(*layers)
+        linear = nn.Conv2d(16, 3 * PATCH**2, 1)
+        linear.weight.data = (patches.directions * patches.deviations[:, None]).T[:, :, None, None].contiguous()
+        linear.bias.data = patches.mean
+        self.linear = nn.Sequential(linear, nn.PixelShuffle(PATCH))
+
+    def forward(self, latent: Tensor) -> Tensor:
+        latent = latent.contiguous(memory_format=torch.channels_last)
+        return self.layers(latent) + self.linear(latent)
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchComponents:
+    """The first 16 principal components of the patches of small pictures, one patch to a position of the latent."""
+
+    mean: Tensor  # (3 * PATCH²,)
+    directions: Tensor  # (16, 3 * PATCH²)
+    deviations: Tensor  # (16,)
+
+    @classmethod
+    def of(cls, pictures: Tensor) -> "PatchComponents":
+        patches = _patches(pictures)
+        mean = patches.mean(dim=0)
+        _, values, directions = torch.linalg.svd(patches - mean, full_matrices=False)
+        return cls(mean, directions[:16], values[:16] / len(patches) ** 0.5)
+
+    def coefficients(self, pictures: Tensor) -> Tensor:
+        """pictures (B, 3, H, W) -> coefficients of unit variance (B, 16, H / PATCH, W / PATCH)"""
+        coefficients = (_patches(pictures) - self.mean) @ self.directions.T / self.deviations
+        rows = pictures.shape[2] // PATCH
+        return rearrange(coefficients, "(b h w) c -> b c h w", b=len(pictures), h=rows)
+
+
+def train_semantic_compressor(emoji: EmojiSet, work: Path, plan: Plan) -> None:
+    """The compressor's features must be enough to draw the picture small, even with a little noise on them.
+
+    Principal components are what it is led to first: a network that starts from random weights finds little more than
+    colours in the time that the mini is given.
+    """
+    generator = random.Random(plan.seed)
+    patches = PatchComponents.of(_small(torch.stack([_draw(emoji, generator)[0] for _ in range(400)])))
+    networks = nn.ModuleDict({"compressor": SemanticCompressor(COMPRESSOR), "decoder": PictureDecoder(patches)})
+
+    def loss(generator: random.Random) -> Tensor:
+        drawn = [_draw(emoji, generator)[0] for _ in range(plan.batch)]
+        small = _small(torch.stack(drawn))
+        features = networks["compressor"](torch.stack([*map(_shrink, drawn)]))
+        again = networks["decoder"](features + 0.05 * torch.randn_like(features))
+        return 10 * F.mse_loss(again, small) + 0.3 * F.mse_loss(features, patches.coefficients(small))
+
+    train(networks, loss, plan, work / "semantic_compressor.pt")
+    files.save(networks["compressor"], work / "semantic_compressor.safetensors", torch.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What does not change while Stages B and C learn: VARIANTS pictures of every emoji, seen by the trained networks.
+
+    semantic (N, VARIANTS, 16, 6, 6), stage_a (N, VARIANTS, 4, 64, 64), both float16 arrays, the first variant the
+    plain picture; descriptions[i][v] says what a picture shows.
+    """
+
+    semantic: np.ndarray
+    stage_a: np.ndarray | None
+    descriptions: list[list[Description]]
+
+    def draw(self, generator: random.Random) -> tuple[int, int]:
+        """An emoji and one of its pictures, every other time the plain one."""
+        plain = generator.random() < 0.5
+        return generator.randrange(len(self.semantic)), 0 if plain else generator.randrange(1, VARIANTS)
+
+    def captions(self, drawn: list[tuple[int, int]], generator: random.Random) -> list[str]:
+        return [caption(self.descriptions[i][v], generator) for i, v in drawn]
+
+
+def arrangements(emoji: EmojiSet, i: int) -> list[tuple[Description, dict]]:
+    """The VARIANTS pictures of an emoji whose features are kept, always the same: the plain one, then others."""
+    generator = random.Random(i)
+    entry = emoji.entries[i]
+    plain = Description(entry["name"], tuple(entry["keywords"]), entry["style"])
+    arranged = [(plain, {})]
+    while len(arranged) < VARIANTS:
+        description, arrangement = emoji.arrange(i, generator)
+        if description != plain:
+            arranged.append((description, arrangement))
+    return arranged
+
+
+@torch.no_grad()
+def features(emoji: EmojiSet, work: Path, network: str) -> np.ndarray:
+    """The features (N, VARIANTS, C, rows, columns) float16 of a trained network, computed once and kept in `work`."""
+    path = work / f"features_{network}.npy"
+    if not path.exists():
+        weights = work / f"{network}.safetensors"
+        if network == "stage_a":
+            see, shape = files.load_stage_a(weights).encode, (4, *GEOMETRY.stage_a)
+        else:
+            compressor = files.load_semantic_compressor(weights)
+            see, shape = lambda p: compressor(torch.stack([*map(_shrink, p)])), (16, *GEOMETRY.stage_c)
+        with replacing(path) as partial:
+            kept = np.lib.format.open_memmap(partial, "w+", np.float16, (len(emoji), VARIANTS, *shape))
+            for i in tqdm(range(len(emoji)), desc=f"features of {network}"):
+                pictures = [emoji.compose(i, **arrangement) for _, arrangement in arrangements(emoji, i)]
+                kept[i] = see(torch.stack(pictures)).numpy()
+            kept.flush()
+    return np.load(path, mmap_mode="r")
+
+
+def load_features(emoji: EmojiSet, work: Path, with_stage_a: bool = False) -> Features:
+    descriptions = [[description for description, _ in arrangements(emoji, i)] for i in range(len(emoji))]
+    stage_a = features(emoji, work, "stage_a") if with_stage_a else None
+    return Features(features(emoji, work, "semantic_compressor"), stage_a, descriptions)
+
+
+def train_text_encoder(emoji: EmojiSet, work: Path, plan: Plan) -> None:
+    """CLIP's contrastive learning, of captions and the semantic latents of the pictures they describe."""
+    seen = load_features(emoji, work)
+    encoder = TextEncoder(TEXT_ENCODER)
+    width = TEXT_ENCODER.width
+    networks = nn.ModuleDict(
+        {
+            "encoder": encoder,
+            "text": nn.Linear(width, width),
+            "picture": nn.Sequential(nn.Linear(16 * 6 * 6, 512), nn.GELU(), nn.Linear(512, width)),
+        }
+    )
+    networks.scale = nn.Parameter(torch.tensor(2.5))
+
+    def loss(generator: random.Random) -> Tensor:
+        drawn = [seen.draw(generator) for _ in range(plan.batch)]
+        tokens = encoder.tokenize(seen.captions(drawn, generator))
+        end = (tokens == encoder.tokenizer.eot_token_id).int().argmax(dim=1)
+        hidden = encoder.encode_tokens(tokens[:, : end.max() + 1])
+        latents = _stack(seen.semantic, drawn).flatten(1)
+        index = torch.tensor(drawn)
+        same = (index[:, None] == index[None]).all(dim=2)
+        texts = networks["text"](hidden[torch.arange(len(end)), end])
+        return contrastive_loss(texts, networks["picture"](latents), networks.scale.exp(), same)
+
+    train(networks, loss, plan, work / "text_encoder.pt")
+    files.save(encoder, work / "text_encoder.safetensors", torch.float16)
+
+
+def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
+    """Diffusion in Stage A's space, from semantic latents that are sometimes absent or noisy, half of them with text."""
+    seen = load_features(emoji, work, with_stage_a=True)
+    encoder = files.load_text_encoder(work / "text_encoder.safetensors")
+    stage_b = DiffNeXt(STAGE_B)
+    initialise(stage_b)
+
+    def loss(generator: random.Random) -> Tensor:
+        drawn = [seen.draw(generator) for _ in range(plan.batch)]
+        semantic = _spoil(_stack(seen.semantic, drawn), generator)
+        text = None
+        if generator.random() < 0.5:
+            with torch.no_grad():
+                text = encoder(_drop(seen.captions(drawn, generator), generator))
+        return diffusion_loss(lambda x, t: stage_b(x, t, semantic, text), _stack(seen.stage_a, drawn))
+
+    train(stage_b, loss, plan, work / "stage_b.pt")
+    files.save(stage_b, work / "stage_b.safetensors", torch.float16)
+
+
+def train_stage_c(emoji: EmojiSet, work: Path, plan: Plan) -> None:
+    """Diffusion in the compressor's space from text; each text serves REPEATS noise levels of its picture."""
+    seen = load_features(emoji, work)
+    encoder = files.load_text_encoder(work / "text_encoder.safetensors")
+    stage_c = Prior(STAGE_C)
+    initialise(stage_c)
+
+    def loss(generator: random.Random) -> Tensor:
+        drawn = [seen.draw(generator) for _ in range(plan.batch)]
+        with torch.no_grad():
+            text = encoder(_drop(seen.captions(drawn, generator), generator))
+        condition = [
+            tuple(part.repeat_interleave(REPEATS, dim=0) for part in keys_values)
+            for keys_values in stage_c.condition(text)
+        ]
+        latent = _stack(seen.semantic, drawn).repeat_interleave(REPEATS, dim=0)
+        return diffusion_loss(lambda x, t: stage_c.denoise(x, stage_c.modulate(t, x.dtype), condition), latent)
+
+    train(stage_c, loss, plan, work / "stage_c.pt")
+    files.save(stage_c, work / "stage_c.safetensors", torch.float16)
+
+
+def initialise(network: Prior | DiffNeXt) -> None:
+    """Xavier weights; residual branches scaled down by depth, times and output start at zero (the released init)."""
+    residual = [module for module in network.modules() if isinstance(module, ResBlock)]
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for block in residual:
+        block.channelwise[-1].weight.data.mul_(len(residual) ** -0.5)
+    for module in network.modules():
+        if isinstance(module, TimestepBlock):
+            nn.init.zeros_(module.mapper.weight)
+    last = network.out[1] if isinstance(network, Prior) else network.clf[1]
+    nn.init.zeros_(last.weight)
+
+
+def _stack(kept: np.ndarray, drawn: list[tuple[int, int]]) -> Tensor:
+    return torch.from_numpy(np.stack([kept[i, v] for i, v in drawn])).float()
+
+
+def _drop(captions: list[str], generator: random.Random) -> list[str]:
+    return ["" if generator.random() < 0.05 else text for text in captions]
+
+
+def _spoil(semantic: Tensor, generator: random.Random) -> Tensor:
+    """5 % of the semantic latents become zero, 30 % get noise up to t = 0.5 (paper, Stage B's training)."""
+    t = torch.tensor([generator.random() * 0.5 for _ in semantic])
+    chance = torch.tensor([generator.random() for _ in semantic])[:, None, None, None]
+    noisy = add_noise(semantic, torch.randn_like(semantic), t)
+    return torch.where(chance < 0.05, torch.zeros_like(semantic), torch.where(chance < 0.35, noisy, semantic))
+
+
+def _draw(emoji: EmojiSet, generator: random.Random) -> tuple[Tensor, Description]:
+    return emoji.draw(generator.randrange(len(emoji)), generator)
+
+
+def _crop(picture: Tensor, generator: random.Random) -> Tensor:
+    top, left = (generator.randrange(side - CROP + 1) for side in picture.shape[-2:])
+    return picture[:, top : top + CROP, left : left + CROP]
+
+
+def _small(pictures: Tensor) -> Tensor:
+    """(B, 3, 256, 256) -> (B, 3, 6 * PATCH, 6 * PATCH)"""
+    return F.interpolate(pictures, size=[side * PATCH for side in GEOMETRY.stage_c], mode="area")
+
+
+def _patches(pictures: Tensor) -> Tensor:
+    return rearrange(pictures, "b c (h p) (w q) -> (b h w) (c p q)", p=PATCH, q=PATCH)
+
+
+def _shrink(picture: Tensor) -> Tensor:
+    """(3, 256, 256) -> what the compressor sees of it"""
+    return F.interpolate(picture[None], size=GEOMETRY.compressor, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+TRAINERS = {
+    "stage_a": train_stage_a,
+    "semantic_compressor": train_semantic_compressor,
+    "text_encoder": train_text_encoder,
+    "stage_b": train_stage_b,
+    "stage_c": train_stage_c,
+}
