@@ -1,0 +1,101 @@
+"""The command line, on the embedded model's command with a small set of networks."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wuerstchen_core.cli import main
+
+FEW = ["--steps-c", "2", "--steps-b", "2"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def generate(tiny_folder):
+    return lambda *arguments: main(["generate", *arguments, *FEW, "--model", str(tiny_folder)])
+
+
+def test_a_picture_is_what_generate_returns_and_carries_how_it_was_made(generate, tiny, capsys):
+    assert generate("a pizza, 🍕", "-o", "p.png", "--seed", "7", "--negative", "cheese", "--width", "264") == 0
+    assert capsys.readouterr().out == "p.png\n"
+    expected = tiny.generate("a pizza, 🍕", negative_prompt="cheese", seed=7, width=264, steps_c=2, steps_b=2)[0]
+    with Image.open("p.png") as picture:
+        assert picture.size == (264, 256)
+        assert np.array_equal(np.array(picture), (expected * 255).round().byte().numpy())
+        told = picture.text
+    assert told["prompt"] == "a pizza, 🍕" and told["negative_prompt"] == "cheese" and told["seed"] == "7"
+    assert told["steps_c"] == "2" and told["cfg_c"] == "4.0"
+
+
+def test_a_batch_is_numbered(generate, capsys):
+    assert generate("a cat", "-o", "cat.png", "--batch", "2") == 0
+    assert capsys.readouterr().out == "cat-1.png\ncat-2.png\n"
+    first, second = (np.array(Image.open(f"cat-{number}.png")) for number in (1, 2))
+    assert not np.array_equal(first, second)
+
+
+def test_a_picture_to_start_from(generate, tiny, tmp_path):
+    picture = np.zeros((90, 120, 4), dtype=np.uint8)
+    picture[20:60, 30:80] = (200, 30, 60, 255)  # transparent around it
+    Image.fromarray(picture).save("in.png")
+    assert generate("a cat", "-o", "out.png", "--image", "in.png", "--denoise", "0.3") == 0
+    seen = torch.ones(90, 120, 3)
+    seen[20:60, 30:80] = torch.tensor([200, 30, 60]) / 255
+    expected = tiny.generate("a cat", image=seen, denoise=0.3, steps_c=2, steps_b=2)[0]
+    assert np.array_equal(np.array(Image.open("out.png")), (expected * 255).round().byte().numpy())
+    assert Image.open("out.png").text["denoise"] == "0.3"
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--width", "250"], "width is 250"),
+    (["--image", "none.png"], "none.png: there is no such file"),
+    (["--image", "text.png"], "text.png: not a picture"),
+    (["--denoise", "0.5"], "--image"),
+    (["-o", "picture.jpg"], ".png"),
+    (["-o", "nowhere/picture.png"], "nowhere"),
+    (["--sampler", "euler"], "euler"),
+    (["--batch", "0"], "batch_size is 0"),
+    (["--device", "toaster"], "toaster"),
+])
+def test_what_is_wrong_is_said_in_one_line(generate, tmp_path, capsys, arguments, says):
+    (tmp_path / "text.png").write_text("no picture")
+    assert generate("a cat", *arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("wuerstchen: ") and says in error
+    assert [path.name for path in tmp_path.iterdir()] == ["text.png"]
+
+
+def test_a_folder_without_weights_is_named(tmp_path, capsys):
+    assert main(["generate", "a cat", "--model", str(tmp_path)]) == 2
+    assert "not a whole set of weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["evaluate", "none"], ["train", "mini", "none", "work"]])
+def test_a_missing_data_set_is_named(command, capsys):
+    assert main(command) == 2
+    assert "none" in capsys.readouterr().err
+
+
+def test_a_network_that_the_recipe_does_not_have_is_named(tmp_path, capsys):
+    assert main(["train", "mini", "data", "work", "--only", "stage_d"]) == 2
+    assert "stage_a, semantic_compressor, text_encoder, stage_b, stage_c" in capsys.readouterr().err
+
+
+def test_benchmark_times_each_stage(tiny_folder, capsys):
+    assert main(["benchmark", "--runs", "1", "--model", str(tiny_folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["load", "picture", "peak"]
+    assert all(stage in lines[1] for stage in ("Stage C", "Stage B", "Stage A"))
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    told = capsys.readouterr().out
+    assert all(command in told for command in ("generate", "data", "train", "evaluate", "benchmark"))

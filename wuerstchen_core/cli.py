@@ -1,0 +1,232 @@
+"""The command line, `wuerstchen`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .atomic import replacing
+from .errors import WuerstchenError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; an error that the user can mend is one line and exit status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except WuerstchenError as error:
+        print(f"wuerstchen: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("wuerstchen: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wuerstchen", description="Würstchen: text to image in three stages (arXiv 2306.00637)."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    generate = _command(commands, "generate", _generate, "draw a picture of a text")
+    generate.add_argument("prompt", help='what to draw, such as "a slice of pizza"')
+    generate.add_argument("-o", "--output", type=Path, default=Path("wuerstchen.png"), metavar="FILE",
+                          help="PNG file; a batch gets -1, -2, … before the ending (default: wuerstchen.png)")
+    generate.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from")
+    generate.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from")
+    generate.add_argument("--denoise", type=float, metavar="D",
+                          help="how much of the picture to draw anew, 0 to 1 (default: 0.6; only with --image)")
+    generate.add_argument("--width", type=int, default=256, metavar="PIXELS", help="multiple of 8 (default: 256)")
+    generate.add_argument("--height", type=int, default=256, metavar="PIXELS", help="multiple of 8 (default: 256)")
+    generate.add_argument("--batch", type=int, default=1, metavar="N", help="number of pictures (default: 1)")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same picture (default: 0)")
+    generate.add_argument("--steps-c", type=int, default=30, metavar="N", help="steps of Stage C (default: 30)")
+    generate.add_argument("--cfg-c", type=float, default=4.0, metavar="S", help="guidance of Stage C, 1 is off (default: 4)")
+    generate.add_argument("--steps-b", type=int, default=12, metavar="N", help="steps of Stage B (default: 12)")
+    generate.add_argument("--cfg-b", type=float, default=1.0, metavar="S", help="guidance of Stage B (default: 1, off)")
+    generate.add_argument("--sampler", default="ddpm", metavar="NAME", help="ddpm or ddim (default: ddpm)")
+    generate.add_argument("--schedule", default="even", metavar="NAME", help="Stage C's times: even or uneven (default: even)")
+    _add_model(generate)
+
+    data = commands.add_parser("data", help="build a data set").add_subparsers(metavar="SET", required=True)
+    emoji = _command(data, "emoji", _build_emoji, "the embedded model's data set: emoji with their names (needs npm)")
+    emoji.add_argument("folder", type=Path, help="where to write it; must not exist yet")
+
+    train = commands.add_parser("train", help="train networks").add_subparsers(metavar="WHAT", required=True)
+    mini = _command(train, "mini", _train_mini, "the embedded model, from scratch or from where a run was stopped")
+    mini.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
+    mini.add_argument("work", type=Path, help="folder for checkpoints and the finished weights")
+    mini.add_argument("--only", metavar="NETWORK", help="stage_a, semantic_compressor, text_encoder, stage_b or stage_c")
+    mini.add_argument("--steps", type=int, metavar="N", help="instead of the recipe's")
+
+    evaluate = _command(commands, "evaluate", _evaluate, "measure a model on the emoji data set")
+    evaluate.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
+    evaluate.add_argument("--count", type=int, default=200, metavar="N", help="pictures and prompts (default: 200)")
+    _add_model(evaluate)
+
+    benchmark = _command(commands, "benchmark", _benchmark, "time loading and drawing")
+    benchmark.add_argument("--runs", type=int, default=3, metavar="N", help="pictures to draw (default: 3)")
+    _add_model(benchmark)
+    return parser
+
+
+def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a folder with a set of weights (default: the mini)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
+
+
+def _load(options: argparse.Namespace):
+    from .pipeline import Wuerstchen
+
+    _check_device(options.device)
+    if options.model is None:
+        return Wuerstchen.mini(options.device)
+    return Wuerstchen.from_folder(options.model, options.device)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise WuerstchenError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from error
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    if options.denoise is not None and options.image is None:
+        raise WuerstchenError("--denoise is about a picture to start from: give one with --image")
+    image = None if options.image is None else _read_image(options.image)
+    denoise = 0.6 if options.denoise is None else options.denoise
+    if options.output.suffix.lower() != ".png":
+        raise WuerstchenError(f"{options.output}: pictures are written as PNG, so the name must end in .png")
+    if not options.output.absolute().parent.is_dir():
+        raise WuerstchenError(f"{options.output.parent}: there is no such folder")
+    model = _load(options)
+    with tqdm(unit="step", leave=False) as bar:
+
+        def show(stage: str, step: int, steps: int) -> None:
+            if step == 1:
+                bar.reset(total=steps)
+            bar.set_description(stage, refresh=False)
+            bar.update()
+
+        pictures = model.generate(
+            options.prompt,
+            negative_prompt=options.negative,
+            width=options.width,
+            height=options.height,
+            batch_size=options.batch,
+            seed=options.seed,
+            steps_c=options.steps_c,
+            cfg_c=options.cfg_c,
+            steps_b=options.steps_b,
+            cfg_b=options.cfg_b,
+            sampler=options.sampler,
+            schedule=options.schedule,
+            image=image,
+            denoise=denoise,
+            progress=show,
+        )
+    told = {
+        "prompt": options.prompt,
+        "negative_prompt": options.negative,
+        "seed": options.seed,
+        "steps_c": options.steps_c,
+        "cfg_c": options.cfg_c,
+        "steps_b": options.steps_b,
+        "cfg_b": options.cfg_b,
+        "sampler": options.sampler,
+        "schedule": options.schedule,
+    }
+    if image is not None:
+        told["denoise"] = denoise
+    for number, picture in enumerate(pictures, start=1):
+        path = options.output
+        if options.batch > 1:
+            path = path.with_stem(f"{path.stem}-{number}")
+            told["batch_number"] = number
+        _write_image(picture, path, told)
+        print(path)
+
+
+def _read_image(path: Path):
+    """A picture file -> (H, W, 3) in [0, 1], as it is meant to be seen: turned upright, transparency on white."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGBA")
+    except FileNotFoundError as error:
+        raise WuerstchenError(f"{path}: there is no such file") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise WuerstchenError(f"{path}: not a picture that can be read ({error})") from error
+    white = Image.new("RGBA", picture.size, "white")
+    return torch.from_numpy(np.array(Image.alpha_composite(white, picture).convert("RGB"))).float() / 255
+
+
+def _write_image(picture, path: Path, told: dict) -> None:
+    """picture (H, W, 3) in [0, 1] -> PNG, whole or not at all, with `told` as its text chunks"""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in told.items():
+        info.add_itxt(key, str(value))
+    image = Image.fromarray((picture.cpu() * 255).round().byte().numpy())
+    try:
+        with replacing(path) as partial:
+            image.save(partial, format="PNG", pnginfo=info)
+    except OSError as error:
+        raise WuerstchenError(f"{path}: could not be written ({error.strerror})") from error
+
+
+def _build_emoji(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .training import emoji
+
+    with tqdm(unit="emoji", leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        emoji.build(options.folder, progress=show)
+    print(f"{len(emoji.EmojiSet(options.folder))} emoji in {options.folder}")
+
+
+def _train_mini(options: argparse.Namespace) -> None:
+    from .training.mini import train_mini
+
+    train_mini(options.data, options.work, options.only, options.steps)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .training.emoji import EmojiSet
+    from .training.evaluate import evaluate
+
+    emoji = EmojiSet(options.data)
+    for line in evaluate(_load(options), emoji, options.count):
+        print(line, flush=True)
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from .benchmark import benchmark
+
+    for line in benchmark(lambda: _load(options), options.runs):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
