@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "evaluate", _evaluate, "measure a model on the emoji data set")
     evaluate.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
     evaluate.add_argument("--count", type=int, default=200, metavar="N", help="pictures and prompts (default: 200)")
+    evaluate.add_argument("--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file")
     _add_model(evaluate)
 
     benchmark = _command(commands, "benchmark", _benchmark, "time loading and drawing")
@@ -217,6 +218,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .training.evaluate import evaluate
 
     emoji = EmojiSet(options.data)
+    if options.sheet is not None:
+        from .training.samples import sample_sheet
+
+        with replacing(options.sheet) as partial:
+            sample_sheet(_load(options)).save(partial, format="PNG")
+        return
     for line in evaluate(_load(options), emoji, options.count):
         print(line, flush=True)
 

@@ -47,27 +47,27 @@ COMPRESSOR = SemanticCompressorConfig(
 )
 TEXT_ENCODER = TextEncoderConfig(width=128, layers=4, heads=2)
 STAGE_B = StageBConfig(
-    widths=(64, 128, 192, 256),
-    heads=(0, 2, 3, 4),
-    blocks=(1, 2, 3, 1),
-    condition_width=128,
+    widths=(48, 96, 192, 192),
+    heads=(0, 0, 3, 3),
+    blocks=(1, 2, 2, 1),
+    condition_width=96,
     text_width=128,
     latent_space=LATENT_SPACE,
 )
-STAGE_C = StageCConfig(width=256, depth=6, heads=4, text_width=128)
+STAGE_C = StageCConfig(width=256, depth=4, heads=4, text_width=128)
 
 PLANS = {
     "stage_a": Plan(steps=3500, batch=16, learning_rate=2e-3),
-    "semantic_compressor": Plan(steps=1600, batch=16, learning_rate=2e-3),
-    "text_encoder": Plan(steps=1500, batch=256, learning_rate=1e-3),
-    "stage_b": Plan(steps=8000, batch=16, learning_rate=1e-3),
-    "stage_c": Plan(steps=3000, batch=48, learning_rate=1e-3),
+    "semantic_compressor": Plan(steps=1300, batch=16, learning_rate=2e-3),
+    "text_encoder": Plan(steps=700, batch=192, learning_rate=1e-3),
+    "stage_b": Plan(steps=4000, batch=16, learning_rate=1e-3),
+    "stage_c": Plan(steps=5000, batch=40, learning_rate=1e-3),
 }
 
-VARIANTS = 5  # pictures of each emoji whose features are kept: the plain one, and others
+VARIANTS = {"semantic_compressor": 5, "stage_a": 2}  # pictures of each emoji whose features are kept, the plain one first
 PATCH = 16  # pixels of a small picture to a position of Stage C's latent: the compressor learns on 96x96
 CROP = 64  # Stage A learns from crops of this side
-REPEATS = 4  # Stage C sees each caption of a batch at this many noise levels
+REPEATS = 2  # Stage C sees each caption of a batch at this many noise levels
 
 
 def train_mini(data: str | Path, work: str | Path, only: str | None = None, steps: int | None = None) -> None:
@@ -180,14 +180,24 @@ def train_semantic_compressor(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         return 10 * F.mse_loss(again, small) + 0.3 * F.mse_loss(features, patches.coefficients(small))
 
     train(networks, loss, plan, work / "semantic_compressor.pt")
+
+    # A batch's own mean and variance say too much about its few backgrounds: the end is learned without them.
+    def loss_with_fixed_statistics(generator: random.Random) -> Tensor:
+        for module in networks.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return loss(generator)
+
+    end = dataclasses.replace(plan, steps=plan.steps // 2, learning_rate=plan.learning_rate / 2)
+    train(networks, loss_with_fixed_statistics, end, work / "semantic_compressor_end.pt")
     files.save(networks["compressor"], work / "semantic_compressor.safetensors", torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What does not change while Stages B and C learn: VARIANTS pictures of every emoji, seen by the trained networks.
+    """What does not change while Stages B and C learn: some pictures of every emoji, seen by the trained networks.
 
-    semantic (N, VARIANTS, 16, 6, 6), stage_a (N, VARIANTS, 4, 64, 64), both float16 arrays, the first variant the
+    semantic (N, variants, 16, 6, 6) and stage_a (N, variants, 4, 64, 64) are float16 arrays, the first variant the
     plain picture; descriptions[i][v] says what a picture shows.
     """
 
@@ -195,22 +205,23 @@ class Features:
     stage_a: np.ndarray | None
     descriptions: list[list[Description]]
 
-    def draw(self, generator: random.Random) -> tuple[int, int]:
-        """An emoji and one of its pictures, every other time the plain one."""
-        plain = generator.random() < 0.5
-        return generator.randrange(len(self.semantic)), 0 if plain else generator.randrange(1, VARIANTS)
+    def draw(self, count: int, generator: random.Random) -> list[tuple[int, int]]:
+        """`count` times an emoji and one of its pictures that have all features; half of them plain."""
+        variants = (self.semantic if self.stage_a is None else self.stage_a).shape[1]
+        emoji = [generator.randrange(len(self.semantic)) for _ in range(count)]
+        return [(i, 0 if generator.random() < 0.5 else generator.randrange(1, variants)) for i in emoji]
 
     def captions(self, drawn: list[tuple[int, int]], generator: random.Random) -> list[str]:
         return [caption(self.descriptions[i][v], generator) for i, v in drawn]
 
 
 def arrangements(emoji: EmojiSet, i: int) -> list[tuple[Description, dict]]:
-    """The VARIANTS pictures of an emoji whose features are kept, always the same: the plain one, then others."""
+    """The pictures of an emoji whose features are kept, always the same: the plain one, then others."""
     generator = random.Random(i)
     entry = emoji.entries[i]
     plain = Description(entry["name"], tuple(entry["keywords"]), entry["style"])
     arranged = [(plain, {})]
-    while len(arranged) < VARIANTS:
+    while len(arranged) < max(VARIANTS.values()):
         description, arrangement = emoji.arrange(i, generator)
         if description != plain:
             arranged.append((description, arrangement))
@@ -219,7 +230,7 @@ def arrangements(emoji: EmojiSet, i: int) -> list[tuple[Description, dict]]:
 
 @torch.no_grad()
 def features(emoji: EmojiSet, work: Path, network: str) -> np.ndarray:
-    """The features (N, VARIANTS, C, rows, columns) float16 of a trained network, computed once and kept in `work`."""
+    """The features (N, variants, C, rows, columns) float16 of a trained network, computed once and kept in `work`."""
     path = work / f"features_{network}.npy"
     if not path.exists():
         weights = work / f"{network}.safetensors"
@@ -229,9 +240,10 @@ def features(emoji: EmojiSet, work: Path, network: str) -> np.ndarray:
             compressor = files.load_semantic_compressor(weights)
             see, shape = lambda p: compressor(torch.stack([*map(_shrink, p)])), (16, *GEOMETRY.stage_c)
         with replacing(path) as partial:
-            kept = np.lib.format.open_memmap(partial, "w+", np.float16, (len(emoji), VARIANTS, *shape))
+            variants = VARIANTS[network]
+            kept = np.lib.format.open_memmap(partial, "w+", np.float16, (len(emoji), variants, *shape))
             for i in tqdm(range(len(emoji)), desc=f"features of {network}"):
-                pictures = [emoji.compose(i, **arrangement) for _, arrangement in arrangements(emoji, i)]
+                pictures = [emoji.compose(i, **how) for _, how in arrangements(emoji, i)[:variants]]
                 kept[i] = see(torch.stack(pictures)).numpy()
             kept.flush()
     return np.load(path, mmap_mode="r")
@@ -258,7 +270,7 @@ def train_text_encoder(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     networks.scale = nn.Parameter(torch.tensor(2.5))
 
     def loss(generator: random.Random) -> Tensor:
-        drawn = [seen.draw(generator) for _ in range(plan.batch)]
+        drawn = seen.draw(plan.batch, generator)
         tokens = encoder.tokenize(seen.captions(drawn, generator))
         end = (tokens == encoder.tokenizer.eot_token_id).int().argmax(dim=1)
         hidden = encoder.encode_tokens(tokens[:, : end.max() + 1])
@@ -280,7 +292,7 @@ def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     initialise(stage_b)
 
     def loss(generator: random.Random) -> Tensor:
-        drawn = [seen.draw(generator) for _ in range(plan.batch)]
+        drawn = seen.draw(plan.batch, generator)
         semantic = _spoil(_stack(seen.semantic, drawn), generator)
         text = None
         if generator.random() < 0.5:
@@ -300,7 +312,7 @@ def train_stage_c(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     initialise(stage_c)
 
     def loss(generator: random.Random) -> Tensor:
-        drawn = [seen.draw(generator) for _ in range(plan.batch)]
+        drawn = seen.draw(plan.batch, generator)
         with torch.no_grad():
             text = encoder(_drop(seen.captions(drawn, generator), generator))
         condition = [
