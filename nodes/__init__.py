@@ -1,0 +1,19 @@
+"""The nodes: sockets in, one call of the core, sockets out."""
+
+from .load import WuerstchenLoadModel
+from .semantic_compressor import WuerstchenSemanticCompress
+from .stage_a import WuerstchenVQGANDecode, WuerstchenVQGANEncode
+from .stage_b import WuerstchenStageBSampler
+from .stage_c import WuerstchenEmptyLatent, WuerstchenStageCSampler
+from .text import WuerstchenTextEncode
+
+NODES = [
+    WuerstchenLoadModel,
+    WuerstchenTextEncode,
+    WuerstchenEmptyLatent,
+    WuerstchenSemanticCompress,
+    WuerstchenStageCSampler,
+    WuerstchenStageBSampler,
+    WuerstchenVQGANDecode,
+    WuerstchenVQGANEncode,
+]

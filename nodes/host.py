@@ -1,0 +1,110 @@
+"""All that the nodes need of ComfyUI itself: folders, devices and memory, progress and Cancel."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.ops
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ..wuerstchen_core import WuerstchenError
+from ..wuerstchen_core.checkpoints import files
+from ..wuerstchen_core.pipeline import MINI, Progress
+
+FOLDER = "wuerstchen"
+DIFFUSION_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network in ComfyUI's hands: it decides where the network lies; `dtype` is what it computes in."""
+
+    network: nn.Module
+    patcher: ModelPatcher
+    dtype: torch.dtype
+    splits: bool = False  # its layers cast and move their weights on use, so that it may be loaded in part
+
+    def load(self, memory: int = 0) -> torch.device:
+        """Has it loaded, with `memory` bytes to spare for the work; gives the device to compute on."""
+        management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=not self.splits)
+        return self.patcher.load_device if self.splits else next(self.network.parameters()).device
+
+
+def model_sets() -> dict[str, Path]:
+    """Name -> folder of every whole set of weights: the mini, and the subfolders of ComfyUI's models/wuerstchen."""
+    sets = {"mini": MINI}
+    for root in folder_paths.get_folder_paths(FOLDER):
+        for folder in sorted(path for path in Path(root).glob("*") if path.is_dir()):
+            try:
+                files.find_set(folder)
+            except WuerstchenError:
+                continue
+            sets.setdefault(folder.name, folder)
+    return sets
+
+
+def load_set(name: str) -> dict[str, Model]:
+    """The networks of a set, by the names that `files.SET` has for them. Raises WuerstchenError."""
+    paths = files.find_set(model_sets()[name])
+    networks = {
+        "stage_a": _stage_a(paths["stage_a"]),
+        "stage_b": _diffusion(files.load_stage_b, paths["stage_b"]),
+        "stage_c": _diffusion(files.load_stage_c, paths["stage_c"]),
+        "text_encoder_c": _text_encoder(paths["text_encoder_c"]),
+        "semantic_compressor": _semantic_compressor(paths["semantic_compressor"]),
+    }
+    shared = paths["text_encoder_b"] == paths["text_encoder_c"]
+    networks["text_encoder_b"] = networks["text_encoder_c"] if shared else _text_encoder(paths["text_encoder_b"])
+    return networks
+
+
+def progress(steps: int) -> Progress:
+    """Moves the node's bar after every step, and raises ComfyUI's interruption after Cancel."""
+    bar = comfy.utils.ProgressBar(steps)
+
+    def report(step: int, steps: int, clean: Tensor) -> None:
+        management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(step, steps)
+
+    return report
+
+
+def to_intermediate(tensor: Tensor) -> Tensor:
+    """As ComfyUI wants what passes between nodes."""
+    return tensor.to(management.intermediate_device(), torch.float32)
+
+
+def _diffusion(load: Callable[..., nn.Module], path: Path) -> Model:
+    device, offload = management.get_torch_device(), management.unet_offload_device()
+    stored = management.unet_dtype(device=device, supported_dtypes=DIFFUSION_DTYPES)
+    dtype = management.unet_manual_cast(stored, device, DIFFUSION_DTYPES) or stored
+    operations = comfy.ops.disable_weight_init if dtype == stored else comfy.ops.manual_cast
+    network = load(path, offload, stored, operations=operations)
+    return Model(network, ModelPatcher(network, device, offload), dtype, splits=True)
+
+
+def _stage_a(path: Path) -> Model:
+    device, offload = management.vae_device(), management.vae_offload_device()
+    dtype = management.vae_dtype(device, [torch.float16, torch.bfloat16])
+    network = files.load_stage_a(path, offload, dtype)
+    return Model(network, ModelPatcher(network, device, offload), dtype)
+
+
+def _text_encoder(path: Path) -> Model:
+    device, offload = management.text_encoder_device(), management.text_encoder_offload_device()
+    dtype = torch.float16 if management.should_use_fp16(device) else torch.float32
+    network = files.load_text_encoder(path, offload, dtype)
+    return Model(network, ModelPatcher(network, device, offload), dtype)
+
+
+def _semantic_compressor(path: Path) -> Model:
+    device, offload = management.text_encoder_device(), management.text_encoder_offload_device()
+    network = files.load_semantic_compressor(path, offload)
+    return Model(network, ModelPatcher(network, device, offload), torch.float32)

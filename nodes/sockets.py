@@ -1,0 +1,29 @@
+"""Socket types of our own, each carrying a `host.Model`; for everything else the nodes use ComfyUI's."""
+
+from comfy_api.latest import io
+
+CATEGORY = "Würstchen"
+
+StageA = io.Custom("WUERSTCHEN_STAGE_A")
+StageB = io.Custom("WUERSTCHEN_STAGE_B")
+StageC = io.Custom("WUERSTCHEN_STAGE_C")
+TextEncoder = io.Custom("WUERSTCHEN_TEXT_ENCODER")
+SemanticCompressor = io.Custom("WUERSTCHEN_SEMANTIC_COMPRESSOR")
+
+
+def seed_input(tooltip: str) -> io.Int.Input:
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
+
+
+def size_inputs(what: str) -> list[io.Int.Input]:
+    return [
+        io.Int.Input(
+            side,
+            default=256,
+            min=128,
+            max=4096,
+            step=8,
+            tooltip=f"{side.capitalize()} of {what} in pixels, a multiple of 8. The mini was trained at 256 x 256.",
+        )
+        for side in ("width", "height")
+    ]

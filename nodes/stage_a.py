@@ -1,0 +1,63 @@
+import math
+
+import torch
+from comfy_api.latest import io
+
+from ..wuerstchen_core import Geometry
+from ..wuerstchen_core.pipeline import decode, encode
+from . import host, latents, sockets
+
+WORKING_MEMORY = 64 * 1024  # bytes that the released Stage A works with at its widest, a position of the latent
+
+
+class WuerstchenVQGANDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WuerstchenVQGANDecode",
+            display_name="Würstchen VQGAN Decode",
+            category=sockets.CATEGORY,
+            description="Stage A: latent to picture.",
+            inputs=[
+                sockets.StageA.Input("stage_a", tooltip="From Würstchen Load Model."),
+                io.Latent.Input("latent", tooltip="From Würstchen Stage B Sampler or Würstchen VQGAN Encode."),
+            ],
+            outputs=[io.Image.Output(tooltip="The pictures.")],
+        )
+
+    @classmethod
+    def execute(cls, stage_a: host.Model, latent) -> io.NodeOutput:
+        samples = latents.samples_of(
+            latent,
+            stage_a.network.config.latent_channels,
+            "Würstchen VQGAN Decode",
+            "Würstchen Stage B Sampler or Würstchen VQGAN Encode",
+        )
+        geometry = latents.geometry_of_stage_a(latent)
+        device = stage_a.load(WORKING_MEMORY * samples[0, 0].numel())
+        images = [decode(stage_a.network, one.to(device), geometry, stage_a.dtype) for one in samples.split(1)]
+        return io.NodeOutput(host.to_intermediate(torch.cat(images)))
+
+
+class WuerstchenVQGANEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WuerstchenVQGANEncode",
+            display_name="Würstchen VQGAN Encode",
+            category=sockets.CATEGORY,
+            description="Stage A: picture to latent, 4 : 1 a side.",
+            inputs=[
+                sockets.StageA.Input("stage_a", tooltip="From Würstchen Load Model."),
+                io.Image.Input("image", tooltip="Its sides are cut to multiples of 8."),
+            ],
+            outputs=[io.Latent.Output(tooltip="In Stage A's space, for Würstchen VQGAN Decode.")],
+        )
+
+    @classmethod
+    def execute(cls, stage_a: host.Model, image: torch.Tensor) -> io.NodeOutput:
+        image = latents.picture(image)
+        geometry = Geometry(width=image.shape[2], height=image.shape[1])
+        device = stage_a.load(WORKING_MEMORY * math.prod(geometry.stage_a))
+        samples = [encode(stage_a.network, one.to(device), stage_a.dtype) for one in image.split(1)]
+        return io.NodeOutput(latents.pack(torch.cat(samples), geometry))

@@ -1,0 +1,119 @@
+import torch
+from comfy_api.latest import io
+
+from ..wuerstchen_core import Geometry
+from ..wuerstchen_core.diffusion.samplers import SAMPLERS
+from ..wuerstchen_core.diffusion.schedule import SCHEDULES
+from ..wuerstchen_core.models.stage_c import StageCConfig
+from ..wuerstchen_core.pipeline import sample_stage_c
+from . import host, latents, sockets
+
+
+class WuerstchenEmptyLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WuerstchenEmptyLatent",
+            display_name="Würstchen Empty Latent",
+            category=sockets.CATEGORY,
+            description="What Stage C starts from when there is no picture: says the size and the number of pictures.",
+            inputs=[
+                *sockets.size_inputs("the pictures"),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=64, tooltip="How many different pictures are made at once."
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="In Stage C's space.")],
+        )
+
+    @classmethod
+    def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
+        geometry = Geometry(width, height)
+        empty = torch.zeros(batch_size, StageCConfig().latent_channels, *geometry.stage_c)
+        return io.NodeOutput(latents.pack(empty, geometry))
+
+
+class WuerstchenStageCSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WuerstchenStageCSampler",
+            display_name="Würstchen Stage C Sampler",
+            category=sockets.CATEGORY,
+            description="Draws the content: text to a small latent, from noise or from a picture's latent.",
+            inputs=[
+                sockets.StageC.Input("stage_c", tooltip="From Würstchen Load Model."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="What is to be seen, by the text encoder of Stage C. Areas and time ranges are not read.",
+                ),
+                io.Conditioning.Input("negative", tooltip="What is not to be seen; an empty text will do."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="From Würstchen Empty Latent, or from Würstchen Semantic Compress to start from a picture. "
+                    "With a noise mask only the masked part is drawn.",
+                ),
+                sockets.seed_input("The same seed gives the same picture."),
+                io.Int.Input(
+                    "steps", default=30, min=1, max=1000, tooltip="More steps are slower, and finer up to a point."
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=4.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How closely the prompt is followed. 1 is off: faster, and the negative is not read.",
+                ),
+                io.Combo.Input(
+                    "sampler", options=list(SAMPLERS), default="ddpm", tooltip="ddpm adds fresh noise at every step."
+                ),
+                io.Combo.Input(
+                    "schedule",
+                    options=list(SCHEDULES),
+                    default="even",
+                    tooltip="Where the steps lie: uneven spends two thirds of them on the first third of the way.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 starts from pure noise; less keeps that much more of the latent, 0 all of it.",
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="For Würstchen Stage B Sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, stage_c: host.Model, positive, negative, latent, seed, steps, cfg, sampler, schedule, denoise
+    ) -> io.NodeOutput:
+        samples = latents.samples_of(
+            latent,
+            stage_c.network.config.latent_channels,
+            "Würstchen Stage C Sampler",
+            "Würstchen Empty Latent or Würstchen Semantic Compress",
+        )
+        geometry = latents.geometry_of_stage_c(latent)
+        device = stage_c.load()
+        mask = latents.mask_of(latent, geometry)
+        sampled = sample_stage_c(
+            stage_c.network,
+            samples.to(device),
+            latents.text_of(positive),
+            latents.text_of(negative),
+            steps=steps,
+            cfg=cfg,
+            sampler=sampler,
+            schedule=schedule,
+            denoise=denoise,
+            seed=seed,
+            mask=None if mask is None else mask.to(device),
+            batch_index=latent.get("batch_index"),
+            dtype=stage_c.dtype,
+            progress=host.progress(steps),
+        )
+        return io.NodeOutput(latents.pack(sampled, geometry, like=latent))

@@ -1,0 +1,33 @@
+from comfy_api.latest import io
+
+from . import host, sockets
+
+
+class WuerstchenTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WuerstchenTextEncode",
+            display_name="Würstchen Text Encode",
+            category=sockets.CATEGORY,
+            description="Reads a prompt for Stage C or Stage B, each with its own text encoder.",
+            inputs=[
+                sockets.TextEncoder.Input(
+                    "text_encoder", tooltip="The text encoder of the stage that the prompt is for."
+                ),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What is to be seen; as a negative prompt, what is not. At most 75 tokens are read.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="For the positive or the negative input of the sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder: host.Model, text: str) -> io.NodeOutput:
+        text_encoder.load()
+        encoded = host.to_intermediate(text_encoder.network([text]))
+        return io.NodeOutput([[encoded, {}]])

