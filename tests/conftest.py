@@ -31,8 +31,14 @@ def tiny_folder(tmp_path_factory):
     networks = {
         "stage_a": VQGAN(StageAConfig(widths=(8, 16), bottleneck_blocks=1, codebook_size=16)),
         "stage_b": DiffNeXt(
-            StageBConfig(widths=(16, 32, 32, 32), heads=(0, 2, 2, 2), blocks=(1, 1, 1, 1), condition_width=24,
-                         text_width=32, latent_space=SPACE)
+            StageBConfig(
+                widths=(16, 32, 32, 32),
+                heads=(0, 2, 2, 2),
+                blocks=(1, 1, 1, 1),
+                condition_width=24,
+                text_width=32,
+                latent_space=SPACE,
+            )
         ),
         "stage_c": Prior(StageCConfig(width=32, depth=2, heads=2, text_width=32)),
         "text_encoder_c": TextEncoder(TextEncoderConfig(width=32, layers=1, heads=2)),

@@ -68,8 +68,11 @@ def test_a_network_in_the_wrong_loader_is_named(tiny_folder):
 def damage(path, kind):
     content = path.read_bytes()
     tensors = load_file(path)
-    header = {METADATA_KEY: json.dumps({"network": "stage_c", "config": {"width": 32, "depth": 2, "heads": 2,
-                                                                        "text_width": 32}})}
+    header = {
+        METADATA_KEY: json.dumps(
+            {"network": "stage_c", "config": {"width": 32, "depth": 2, "heads": 2, "text_width": 32}}
+        )
+    }
     if kind == "empty":
         path.write_bytes(b"")
     elif kind == "cut":
@@ -92,10 +95,20 @@ def damage(path, kind):
         path.unlink()
 
 
-@pytest.mark.parametrize("kind", [
-    "empty", "cut", "text", "pickle", "no configuration", "unknown configuration", "a tensor missing",
-    "a tensor misshapen", "gone",
-])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "empty",
+        "cut",
+        "text",
+        "pickle",
+        "no configuration",
+        "unknown configuration",
+        "a tensor missing",
+        "a tensor misshapen",
+        "gone",
+    ],
+)
 def test_a_bad_file_is_named_in_one_error(tmp_path, kind):
     path = tmp_path / "bad.safetensors"
     w.save(Prior(StageCConfig(width=32, depth=2, heads=2, text_width=32)), path)

@@ -51,17 +51,20 @@ def test_a_picture_to_start_from(generate, tiny, tmp_path):
     assert Image.open("out.png").text["denoise"] == "0.3"
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--width", "250"], "width is 250"),
-    (["--image", "none.png"], "none.png: there is no such file"),
-    (["--image", "text.png"], "text.png: not a picture"),
-    (["--denoise", "0.5"], "--image"),
-    (["-o", "picture.jpg"], ".png"),
-    (["-o", "nowhere/picture.png"], "nowhere"),
-    (["--sampler", "euler"], "euler"),
-    (["--batch", "0"], "batch_size is 0"),
-    (["--device", "toaster"], "toaster"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--width", "250"], "width is 250"),
+        (["--image", "none.png"], "none.png: there is no such file"),
+        (["--image", "text.png"], "text.png: not a picture"),
+        (["--denoise", "0.5"], "--image"),
+        (["-o", "picture.jpg"], ".png"),
+        (["-o", "nowhere/picture.png"], "nowhere"),
+        (["--sampler", "euler"], "euler"),
+        (["--batch", "0"], "batch_size is 0"),
+        (["--device", "toaster"], "toaster"),
+    ],
+)
 def test_what_is_wrong_is_said_in_one_line(generate, tmp_path, capsys, arguments, says):
     (tmp_path / "text.png").write_text("no picture")
     assert generate("a cat", *arguments) == 2

@@ -7,9 +7,15 @@ import pytest
 from wuerstchen_core import Geometry, WuerstchenError
 
 
-@pytest.mark.parametrize("side, work, stage_a, stage_c, compressor", [
-    (1024, 1024, 256, 24, 768), (512, 512, 128, 12, 384), (256, 256, 64, 6, 192), (264, 320, 80, 8, 256),
-])
+@pytest.mark.parametrize(
+    "side, work, stage_a, stage_c, compressor",
+    [
+        (1024, 1024, 256, 24, 768),
+        (512, 512, 128, 12, 384),
+        (256, 256, 64, 6, 192),
+        (264, 320, 80, 8, 256),
+    ],
+)
 def test_published_sizes(side, work, stage_a, stage_c, compressor):
     geometry = Geometry(width=side, height=256)
     sizes = geometry.work[1], geometry.stage_a[1], geometry.stage_c[1], geometry.compressor[1]

@@ -163,11 +163,17 @@ def test_text_of_another_encoder_is_named(tiny):
         pipeline.sample_stage_b(tiny.stage_b, torch.zeros(1, 16, 6, 6), Geometry(256, 256), torch.zeros(1, 77, 48))
 
 
-@pytest.mark.parametrize("options, word", [
-    ({"width": 100}, "width"), ({"batch_size": 0}, "batch_size"), ({"steps_c": 0}, "steps"),
-    ({"sampler": "euler"}, "euler"), ({"schedule": "karras"}, "karras"),
-    ({"image": torch.rand(64, 64, 3), "denoise": 2.0}, "denoise"),
-])
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"width": 100}, "width"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"steps_c": 0}, "steps"),
+        ({"sampler": "euler"}, "euler"),
+        ({"schedule": "karras"}, "karras"),
+        ({"image": torch.rand(64, 64, 3), "denoise": 2.0}, "denoise"),
+    ],
+)
 def test_bad_options_are_named(tiny, options, word):
     with pytest.raises(WuerstchenError, match=word):
         tiny.generate("a cat", **{**FEW, **options})

@@ -30,22 +30,38 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = _command(commands, "generate", _generate, "draw a picture of a text")
     generate.add_argument("prompt", help='what to draw, such as "a slice of pizza"')
-    generate.add_argument("-o", "--output", type=Path, default=Path("wuerstchen.png"), metavar="FILE",
-                          help="PNG file; a batch gets -1, -2, … before the ending (default: wuerstchen.png)")
+    generate.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("wuerstchen.png"),
+        metavar="FILE",
+        help="PNG file; a batch gets -1, -2, … before the ending (default: wuerstchen.png)",
+    )
     generate.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from")
     generate.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from")
-    generate.add_argument("--denoise", type=float, metavar="D",
-                          help="how much of the picture to draw anew, 0 to 1 (default: 0.6; only with --image)")
+    generate.add_argument(
+        "--denoise",
+        type=float,
+        metavar="D",
+        help="how much of the picture to draw anew, 0 to 1 (default: 0.6; only with --image)",
+    )
     generate.add_argument("--width", type=int, default=256, metavar="PIXELS", help="multiple of 8 (default: 256)")
     generate.add_argument("--height", type=int, default=256, metavar="PIXELS", help="multiple of 8 (default: 256)")
     generate.add_argument("--batch", type=int, default=1, metavar="N", help="number of pictures (default: 1)")
-    generate.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same picture (default: 0)")
+    generate.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed, the same picture (default: 0)"
+    )
     generate.add_argument("--steps-c", type=int, default=30, metavar="N", help="steps of Stage C (default: 30)")
-    generate.add_argument("--cfg-c", type=float, default=4.0, metavar="S", help="guidance of Stage C, 1 is off (default: 4)")
+    generate.add_argument(
+        "--cfg-c", type=float, default=4.0, metavar="S", help="guidance of Stage C, 1 is off (default: 4)"
+    )
     generate.add_argument("--steps-b", type=int, default=12, metavar="N", help="steps of Stage B (default: 12)")
     generate.add_argument("--cfg-b", type=float, default=1.0, metavar="S", help="guidance of Stage B (default: 1, off)")
     generate.add_argument("--sampler", default="ddpm", metavar="NAME", help="ddpm or ddim (default: ddpm)")
-    generate.add_argument("--schedule", default="even", metavar="NAME", help="Stage C's times: even or uneven (default: even)")
+    generate.add_argument(
+        "--schedule", default="even", metavar="NAME", help="Stage C's times: even or uneven (default: even)"
+    )
     _add_model(generate)
 
     data = commands.add_parser("data", help="build a data set").add_subparsers(metavar="SET", required=True)
@@ -56,13 +72,17 @@ def _parser() -> argparse.ArgumentParser:
     mini = _command(train, "mini", _train_mini, "the embedded model, from scratch or from where a run was stopped")
     mini.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
     mini.add_argument("work", type=Path, help="folder for checkpoints and the finished weights")
-    mini.add_argument("--only", metavar="NETWORK", help="stage_a, semantic_compressor, text_encoder, stage_b or stage_c")
+    mini.add_argument(
+        "--only", metavar="NETWORK", help="stage_a, semantic_compressor, text_encoder, stage_b or stage_c"
+    )
     mini.add_argument("--steps", type=int, metavar="N", help="instead of the recipe's")
 
     evaluate = _command(commands, "evaluate", _evaluate, "measure a model on the emoji data set")
     evaluate.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
     evaluate.add_argument("--count", type=int, default=200, metavar="N", help="pictures and prompts (default: 200)")
-    evaluate.add_argument("--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file")
+    evaluate.add_argument(
+        "--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file"
+    )
     _add_model(evaluate)
 
     benchmark = _command(commands, "benchmark", _benchmark, "time loading and drawing")
@@ -78,7 +98,9 @@ def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a folder with a set of weights (default: the mini)")
+    parser.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="a folder with a set of weights (default: the mini)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
 
 

@@ -25,7 +25,8 @@ def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int) -> Iterator[str]:
 
     The pictures of the round trips are drawn with placements and colours that training did not see. Prompts are the
     plain ones, "<name>, <style> style"; a picture counts when, of all plain pictures of the style, that of the
-    prompted emoji is the nearest by the cosine similarity of 64x64 pixels. (A few emoji of a style have the same picture.)
+    prompted emoji is the nearest by the cosine similarity of 64x64 pixels, or as near as the nearest: a few emoji of a
+    style have the same picture.
     """
     if not 1 <= count <= len(emoji):
         raise WuerstchenError(f"count is {count}: it must be from 1 to {len(emoji)}, the emoji of the data set")

@@ -70,8 +70,10 @@ def train(network: nn.Module, loss: Callable[[random.Random], Tensor], plan: Pla
             group["lr"] = plan.rate(step)
         value = loss(random.Random(plan.seed << 32 | step))
         if not value.isfinite():
-            raise WuerstchenError(f"the loss of step {step} is {value.item()}: try a lower learning rate than "
-                                  f"{plan.learning_rate}; the last good state is in {checkpoint}")
+            raise WuerstchenError(
+                f"the loss of step {step} is {value.item()}: try a lower learning rate than "
+                f"{plan.learning_rate}; the last good state is in {checkpoint}"
+            )
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), plan.gradient_norm)

@@ -64,7 +64,10 @@ PLANS = {
     "stage_c": Plan(steps=5000, batch=40, learning_rate=1e-3),
 }
 
-VARIANTS = {"semantic_compressor": 5, "stage_a": 2}  # pictures of each emoji whose features are kept, the plain one first
+VARIANTS = {
+    "semantic_compressor": 5,
+    "stage_a": 2,
+}  # pictures of each emoji whose features are kept, the plain one first
 PATCH = 16  # pixels of a small picture to a position of Stage C's latent: the compressor learns on 96x96
 CROP = 64  # Stage A learns from crops of this side
 REPEATS = 2  # Stage C sees each caption of a batch at this many noise levels
@@ -285,7 +288,7 @@ def train_text_encoder(emoji: EmojiSet, work: Path, plan: Plan) -> None:
 
 
 def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
-    """Diffusion in Stage A's space, from semantic latents that are sometimes absent or noisy, half of them with text."""
+    """Diffusion in Stage A's space from semantic latents, some absent, some noisy; every other batch has text too."""
     seen = load_features(emoji, work, with_stage_a=True)
     encoder = files.load_text_encoder(work / "text_encoder.safetensors")
     stage_b = DiffNeXt(STAGE_B)
