@@ -163,20 +163,25 @@ def text_encoder():
 @pytest.mark.parametrize("words", [0, 1, 12, 200])
 @torch.no_grad()
 def test_text_encoder_is_transformers(text_encoder, words):
+    """Chunk by chunk: the chunk's own end token is attended to, the padding after it is not."""
     ours, theirs = text_encoder
-    prompts = [" ".join(["wurst"] * words), "a cat"]
-    tokens = ours.tokenize(prompts)
-    assert tokens.shape == (2, 77)
-    # The prompt's own end token is attended to, the padding after it is not.
-    length = [min(len(ours.tokenizer.encode(prompt)) + 2, 77) for prompt in prompts]
-    mask = torch.arange(77)[None] < torch.tensor(length)[:, None]
-    expected = theirs(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-    assert distance(ours(prompts), expected) < TOLERANCE
+    prompts = [" ".join(["wurst"] * words), "a cat"]  # "wurst" is one token
+    chunks = max(1, -(-words // 75))
+    encoded = ours(prompts)
+    assert encoded.shape == (2, 77 * chunks, 64)
+    for chunk in range(chunks):
+        texts = [" ".join(["wurst"] * min(75, words - 75 * chunk)), "a cat" if chunk == 0 else ""]
+        ids = [[49406, *ours.tokenizer.encode(text), 49407] for text in texts]
+        tokens = torch.tensor([row + [49407] * (77 - len(row)) for row in ids])
+        mask = torch.tensor([[1] * len(row) + [0] * (77 - len(row)) for row in ids])
+        expected = theirs(input_ids=tokens, attention_mask=mask).last_hidden_state
+        assert distance(encoded[:, 77 * chunk : 77 * (chunk + 1)], expected) < TOLERANCE
 
 
 def test_tokens_are_padded_with_the_end_token(text_encoder):
-    tokens = text_encoder[0].tokenize(["a cat"])[0].tolist()
-    assert tokens == [49406, 320, 2368] + [49407] * 74
+    tokens, weights = text_encoder[0].tokenize(["a cat"])
+    assert tokens.tolist() == [[[49406, 320, 2368] + [49407] * 74]]
+    assert weights.tolist() == [[[1.0] * 77]]
 
 
 def test_released_sizes():

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
+
+from .prompt import parse_emphasis
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,48 @@ class TextEncoder(nn.Module):
         )
         self.tower.attn_mask = None  # ours masks the padding too: see `_attention_mask`
 
-    def tokenize(self, prompts: list[str]) -> Tensor:
-        """Prompts -> token ids (B, 77): start, text, end, padded with the end token; what is too long is cut."""
+    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Prompts -> token ids and their weights, both (B, chunks, 77).
+
+        A chunk is start, up to 75 tokens of the text, end, padded with the end token. A longer text goes on in further
+        chunks, from word to word; prompts with fewer chunks than another get empty ones.
+        """
+        rows = [self._chunks(prompt) for prompt in prompts]
+        count = max(map(len, rows))
+        rows = [row + [[]] * (count - len(row)) for row in rows]
         start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
         length = self.config.context_length
-        rows = []
-        for prompt in prompts:
-            tokens = [start, *self.tokenizer.encode(prompt)[: length - 2], end]
-            rows.append(tokens + [end] * (length - len(tokens)))
-        return torch.tensor(rows)
+
+        def fill(values: list, first, last) -> list:
+            return [first, *values, *[last] * (length - 1 - len(values))]
+
+        tokens = [[fill([token for token, _ in chunk], start, end) for chunk in row] for row in rows]
+        weights = [[fill([weight for _, weight in chunk], 1.0, 1.0) for chunk in row] for row in rows]
+        return torch.tensor(tokens), torch.tensor(weights)
+
+    def _chunks(self, prompt: str) -> list[list[tuple[int, float]]]:
+        """(token, weight) of every token of the text, 75 to a chunk at most."""
+        room = self.config.context_length - 2
+        chunks: list[list[tuple[int, float]]] = [[]]
+        word: list[tuple[int, float]] = []
+        for text, weight in parse_emphasis(prompt):
+            for token in self.tokenizer.encode(text):
+                word.append((token, weight))
+                if self.tokenizer.decoder[token].endswith("</w>") or len(word) == room:
+                    if len(chunks[-1]) + len(word) > room:
+                        chunks.append([])
+                    chunks[-1] += word
+                    word = []
+        return chunks
 
     def forward(self, prompts: list[str]) -> Tensor:
-        """Prompts -> (B, 77, width)"""
-        return self.encode_tokens(self.tokenize(prompts))
+        """Prompts -> (B, 77 * chunks, width); emphasis moves a token's state away from the empty prompt's."""
+        tokens, weights = self.tokenize(prompts)
+        encoded = self.encode_tokens(rearrange(tokens, "b k l -> (b k) l"))
+        weights = rearrange(weights, "b k l -> (b k) l 1").to(encoded)
+        if (weights != 1).any():
+            encoded = torch.lerp(self.encode_tokens(self.tokenize([""])[0][0]), encoded, weights)
+        return rearrange(encoded, "(b k) l c -> b (k l) c", b=len(prompts))
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Token ids (B, L) padded with the end token -> (B, L, width)"""

@@ -274,7 +274,7 @@ def train_text_encoder(emoji: EmojiSet, work: Path, plan: Plan) -> None:
 
     def loss(generator: random.Random) -> Tensor:
         drawn = seen.draw(plan.batch, generator)
-        tokens = encoder.tokenize(seen.captions(drawn, generator))
+        tokens = encoder.tokenize(seen.captions(drawn, generator))[0][:, 0]
         end = (tokens == encoder.tokenizer.eot_token_id).int().argmax(dim=1)
         hidden = encoder.encode_tokens(tokens[:, : end.max() + 1])
         latents = _stack(seen.semantic, drawn).flatten(1)
