@@ -20,7 +20,8 @@ class WuerstchenTextEncode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="What is to be seen; as a negative prompt, what is not. (word:1.2) stresses a word; a text of any length is read.",
+                    tooltip="What is to be seen; as a negative prompt, what is not. (word:1.2) stresses a word. "
+                    "A text of any length is read.",
                 ),
             ],
             outputs=[io.Conditioning.Output(tooltip="For the positive or the negative input of the sampler.")],
