@@ -7,6 +7,10 @@ from torch import Tensor
 from ..diffusion.schedule import add_noise, alpha_bar
 
 
+# Stage C's division by |1 - b| can blow up near b = 1, where one sample would undo what many have taught.
+LARGEST_ERROR = 20.0
+
+
 def training_times(count: int) -> Tensor:
     """(count,) times: uniform on (0, 1], a little more often exactly 1."""
     return ((1 - torch.rand(count)) * 1.08 + 0.001).clamp(0.001, 1.0)
@@ -15,12 +19,13 @@ def training_times(count: int) -> Tensor:
 def diffusion_loss(model, clean: Tensor) -> Tensor:
     """Squared error of the predicted noise, weighted by 1 / (1 + signal-to-noise ratio) (arXiv 2204.00227).
 
-    `model(x, t)` predicts the noise in x (B, ...) at times t (B,); `clean` (B, ...) is what it should find.
+    `model(x, t)` predicts the noise in x (B, ...) at times t (B,); `clean` (B, ...) is what it should find. A sample
+    whose mean squared error is above LARGEST_ERROR teaches nothing.
     """
     t = training_times(len(clean))
     noise = torch.randn_like(clean)
     signal = alpha_bar(t)
-    error = (model(add_noise(clean, noise, t), t) - noise).square().flatten(1).mean(dim=1)
+    error = (model(add_noise(clean, noise, t), t) - noise).square().flatten(1).mean(dim=1).clamp(max=LARGEST_ERROR)
     return (error / (1 + signal / (1 - signal))).mean()
 
 

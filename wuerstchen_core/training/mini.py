@@ -7,6 +7,7 @@ features.
 """
 
 import dataclasses
+import math
 import random
 from pathlib import Path
 
@@ -59,9 +60,9 @@ STAGE_C = StageCConfig(width=256, depth=4, heads=4, text_width=128)
 PLANS = {
     "stage_a": Plan(steps=3500, batch=16, learning_rate=2e-3),
     "semantic_compressor": Plan(steps=1300, batch=16, learning_rate=2e-3),
-    "text_encoder": Plan(steps=700, batch=192, learning_rate=1e-3),
+    "text_encoder": Plan(steps=1400, batch=192, learning_rate=1e-3),
     "stage_b": Plan(steps=4000, batch=16, learning_rate=1e-3),
-    "stage_c": Plan(steps=5000, batch=40, learning_rate=1e-3),
+    "stage_c": Plan(steps=4000, batch=40, learning_rate=6e-4, gradient_norm=0.5),
 }
 
 VARIANTS = {
@@ -208,11 +209,11 @@ class Features:
     stage_a: np.ndarray | None
     descriptions: list[list[Description]]
 
-    def draw(self, count: int, generator: random.Random) -> list[tuple[int, int]]:
-        """`count` times an emoji and one of its pictures that have all features; half of them plain."""
+    def draw(self, count: int, generator: random.Random, plain: float = 0.5) -> list[tuple[int, int]]:
+        """`count` times an emoji and one of its pictures that have all features; `plain` is the share of plain ones."""
         variants = (self.semantic if self.stage_a is None else self.stage_a).shape[1]
         emoji = [generator.randrange(len(self.semantic)) for _ in range(count)]
-        return [(i, 0 if generator.random() < 0.5 else generator.randrange(1, variants)) for i in emoji]
+        return [(i, 0 if generator.random() < plain else generator.randrange(1, variants)) for i in emoji]
 
     def captions(self, drawn: list[tuple[int, int]], generator: random.Random) -> list[str]:
         return [caption(self.descriptions[i][v], generator) for i, v in drawn]
@@ -259,15 +260,19 @@ def load_features(emoji: EmojiSet, work: Path, with_stage_a: bool = False) -> Fe
 
 
 def train_text_encoder(emoji: EmojiSet, work: Path, plan: Plan) -> None:
-    """CLIP's contrastive learning, of captions and the semantic latents of the pictures they describe."""
+    """CLIP's contrastive learning, of captions and the semantic latents of the pictures they describe.
+
+    From the end token on, every state, the padding's too, must also tell the latent itself: Stage C reads them all.
+    """
     seen = load_features(emoji, work)
     encoder = TextEncoder(TEXT_ENCODER)
-    width = TEXT_ENCODER.width
+    width, latent_size = TEXT_ENCODER.width, math.prod(seen.semantic.shape[2:])
     networks = nn.ModuleDict(
         {
             "encoder": encoder,
             "text": nn.Linear(width, width),
-            "picture": nn.Sequential(nn.Linear(16 * 6 * 6, 512), nn.GELU(), nn.Linear(512, width)),
+            "picture": nn.Sequential(nn.Linear(latent_size, 512), nn.GELU(), nn.Linear(512, width)),
+            "latent": nn.Linear(width, latent_size),
         }
     )
     networks.scale = nn.Parameter(torch.tensor(2.5))
@@ -276,12 +281,15 @@ def train_text_encoder(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         drawn = seen.draw(plan.batch, generator)
         tokens = encoder.tokenize(seen.captions(drawn, generator))[0][:, 0]
         end = (tokens == encoder.tokenizer.eot_token_id).int().argmax(dim=1)
-        hidden = encoder.encode_tokens(tokens[:, : end.max() + 1])
+        length = tokens.shape[1] if generator.random() < 0.15 else end.max() + 1  # all of the padding costs much time
+        hidden = encoder.encode_tokens(tokens[:, :length])
         latents = _stack(seen.semantic, drawn).flatten(1)
         index = torch.tensor(drawn)
         same = (index[:, None] == index[None]).all(dim=2)
         texts = networks["text"](hidden[torch.arange(len(end)), end])
-        return contrastive_loss(texts, networks["picture"](latents), networks.scale.exp(), same)
+        rows, positions = torch.nonzero(torch.arange(length) >= end[:, None], as_tuple=True)
+        told = F.mse_loss(networks["latent"](hidden[rows, positions]), latents[rows])
+        return contrastive_loss(texts, networks["picture"](latents), networks.scale.exp(), same) + 4 * told
 
     train(networks, loss, plan, work / "text_encoder.pt")
     files.save(encoder, work / "text_encoder.safetensors", torch.float16)
@@ -315,7 +323,7 @@ def train_stage_c(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     initialise(stage_c)
 
     def loss(generator: random.Random) -> Tensor:
-        drawn = seen.draw(plan.batch, generator)
+        drawn = seen.draw(plan.batch, generator, plain=0.7)
         with torch.no_grad():
             text = encoder(_drop(seen.captions(drawn, generator), generator))
         condition = [
