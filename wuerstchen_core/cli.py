@@ -90,8 +90,14 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = _command(commands, "convert", _convert, "write a published file of weights as one of ours")
     convert.add_argument("file", type=Path, help="safetensors or PyTorch file, in any layout")
-    convert.add_argument("-o", "--output", type=Path, required=True, metavar="OUT",
-                         help="a .safetensors file, or a folder: there every network of the file gets its usual name")
+    convert.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="a .safetensors file, or a folder: there every network of the file gets its usual name",
+    )
     convert.add_argument("--part", metavar="NETWORK", help="which network, where the file holds several")
     convert.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: the file's own")
 

@@ -12,8 +12,12 @@ from torch import Tensor
 from ..errors import WuerstchenError
 
 # What diffusers and transformers call the weights in a folder of theirs.
-FOLDER_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.bin",
-                "pytorch_model.bin")  # fmt: skip
+FOLDER_NAMES = (
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "pytorch_model.bin",
+)
 
 # How files begin that are often found in the place of weights.
 IMPOSTORS = {
@@ -106,9 +110,7 @@ def _open_pytorch(path: Path, mapped: bool) -> Archive:
 
 def _flattened(content, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(content, Tensor) and prefix:
-        yield prefix, content
+        yield prefix, content.detach()
     elif isinstance(content, Mapping):
         for key, value in content.items():
             yield from _flattened(value, f"{prefix}.{key}" if prefix else str(key))
-
-

@@ -113,7 +113,7 @@ def parts(archive: Archive) -> dict[str, Part]:
         return {own.kind: own}
     found = {kind: part_at(archive, kind, prefix) for kind, prefix in places(archive).items()}
     if not found:
-        raise WuerstchenError(f"{archive.path}: this is {foreign(archive)}")
+        raise WuerstchenError(f"{archive.path}: this is {_unknown(archive)}")
     return found
 
 
@@ -123,11 +123,15 @@ def describe(path: str | Path) -> Iterator[str]:
     Raises WuerstchenError as the loaders do; the weights themselves are not read.
     """
     archive = open_archive(path)
+    found = parts(archive)
     yield f"{archive.path}: {archive.format}, {archive.path.stat().st_size / 1e6:,.1f} MB"
-    for kind, part in parts(archive).items():
+    beside = foreign(archive, tuple(part.prefix for part in found.values()))
+    if beside:
+        yield f"beside the following: {beside}"
+    for kind, part in found.items():
         network = _empty(archive, part)
-        found = sources(archive, part, _shapes(network))
-        used = [archive.tensors[name] for source in found.values() if source for name in source.names]
+        read = [source for source in sources(archive, part, _shapes(network)).values() if source]
+        used = [archive.tensors[name] for source in read for name in source.names]
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in used if tensor.is_floating_point()})
         yield f"{kind}: load_{kind} takes it"
         yield f"  layout         {part.layout}" + (f", under {part.prefix.rstrip('.')}" if part.prefix else "")
@@ -141,29 +145,35 @@ def _load(kind: str, path: str | Path, device, dtype: torch.dtype | None, **opti
     archive = open_archive(path)
     part = _part(archive, kind)
     network = _empty(archive, part, **options)
-    weights = {
-        name: torch.tensor(0, device=device) if source is None else _place(archive, name, source.read(archive), device, dtype)
-        for name, source in sources(archive, part, _shapes(network)).items()
-    }
+    weights = {}
+    for name, source in sources(archive, part, _shapes(network)).items():
+        tensor = torch.tensor(0) if source is None else source.read(archive)
+        weights[name] = _place(archive, name, tensor, device, dtype)
     network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)
 
 
 def _part(archive: Archive, kind: str) -> Part:
     if METADATA_KEY in archive.metadata:
-        found = parts(archive)
-        if kind in found:
-            return found[kind]
+        own = _own_part(archive)
+        if own.kind == kind:
+            return own
+        found = {own.kind: own.prefix}
     else:
         found = places(archive)
         if kind in found:
             return part_at(archive, kind, found[kind])
     if not found:
-        raise WuerstchenError(f"{archive.path}: this is {foreign(archive)}; here goes a {kind} file")
-    kinds = " and ".join(found)
-    loaders = " and ".join(f"load_{other}" for other in found)
-    takes = "takes" if len(found) == 1 else "take"
-    raise WuerstchenError(f"{archive.path}: this is a {kinds} file; {loaders} {takes} it, here goes a {kind} file")
+        raise WuerstchenError(f"{archive.path}: this is {_unknown(archive)}; here goes a {kind} file")
+    beside = foreign(archive, tuple(found.values()))
+    what = f"a {' and '.join(found)} file" + (f", with {beside}" if beside else "")
+    loaders = " and ".join(f"load_{other}" for other in found) + (" takes" if len(found) == 1 else " take")
+    raise WuerstchenError(f"{archive.path}: this is {what}; {loaders} it, here goes a {kind} file")
+
+
+def _unknown(archive: Archive) -> str:
+    first = ", ".join(list(archive.tensors)[:3])
+    return foreign(archive) or f"no network of Würstchen (the names of its tensors begin with {first})"
 
 
 def _empty(archive: Archive, part: Part, **options) -> nn.Module:

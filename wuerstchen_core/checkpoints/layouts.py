@@ -4,7 +4,6 @@ DESIGN section 4 lists the layouts. The released networks' attention heads are 6
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Size
@@ -40,12 +39,12 @@ FOREIGN = {
     r"lora": "a LoRA, which changes a network and is none by itself",
     r"clip_txt_(?:pooled_)?mapper\.": "Stable Cascade's Stage C, another network than Würstchen v2's",
     r"pixels_mapper\.": "Stable Cascade's Stage B, another network than Würstchen v2's",
-    r"byt5_mapper\.|out_mapper\.": "Stage B of Würstchen v1 (Paella), which works on Stage A's indices; here goes v2's",
+    r"byt5_mapper\.|out_mapper\.": "Stage B of Würstchen v1 (Paella), which works on Stage A's indices, unlike v2's",
     r"conditioner\.embedders\.|add_embedding\.linear_1|label_emb\.0\.0": "an SDXL checkpoint, another model",
     r"model\.diffusion_model\.|cond_stage_model\.|^input_blocks\.": "a Stable Diffusion checkpoint, another model",
     r"\.resnets\.\d|first_stage_model\.|decoder\.up\.\d": "a Stable Diffusion network, another model",
     r"double_blocks\.|joint_blocks\.|transformer_blocks\.": "a diffusion transformer, another model",
-    r"visual\.|vision_model\.": "CLIP's vision tower without the text tower",
+    r"visual\.|vision_model\.": "CLIP's vision tower",
     r"features\.\d+\.\d+\.block\.": "torchvision's EfficientNet, without the semantic compressor's mapper",
     r"encoder\.block\.\d|shared\.weight": "a T5 text encoder; Würstchen's are CLIP's",
 }
@@ -67,9 +66,7 @@ class Shapes(dict[str, Size]):
     def __init__(self, archive: Archive, prefix: str = ""):
         self.archive = archive
         super().__init__(
-            (name[len(prefix) :], tensor.shape)
-            for name, tensor in archive.tensors.items()
-            if name.startswith(prefix)
+            (name[len(prefix) :], tensor.shape) for name, tensor in archive.tensors.items() if name.startswith(prefix)
         )
 
     def __missing__(self, name: str) -> Size:
@@ -129,12 +126,13 @@ def part_at(archive: Archive, kind: str, prefix: str) -> Part:
     return Part(kind, layout, prefix, config)
 
 
-def foreign(archive: Archive) -> str:
-    """What a file is that holds no network of ours."""
+def foreign(archive: Archive, besides: tuple[str, ...] = ()) -> str | None:
+    """What a file is, or what its names are that begin with none of the prefixes; None for what is not known."""
+    names = [name for name in archive.tensors if not name.startswith(besides)] if besides else archive.tensors
     for pattern, what in FOREIGN.items():
-        if any(re.search(pattern, name) for name in archive.tensors):
+        if any(re.search(pattern, name) for name in names):
             return what
-    return f"no network of Würstchen (its tensors begin with {', '.join(list(archive.tensors)[:3])})"
+    return None
 
 
 def _stage_a(shapes: Shapes) -> tuple[str, StageAConfig]:
@@ -194,7 +192,7 @@ def _semantic_compressor(shapes: Shapes) -> tuple[str, SemanticCompressorConfig]
             f"{shapes.archive.path}: this is Stable Cascade's semantic compressor (its BatchNorm has no weight and "
             "bias), another one than Würstchen's"
         )
-    last = shapes.count(r"backbone\.(\d+)\.")  - 1
+    last = shapes.count(r"backbone\.(\d+)\.") - 1
     stages = tuple(_backbone_stage(shapes, i) for i in range(1, last))
     config = SemanticCompressorConfig(
         stem=shapes["backbone.0.0.weight"][0],
