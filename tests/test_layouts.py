@@ -728,6 +728,17 @@ def test_what_is_no_model_is_named(tmp_path, capsys, content, says):
     assert says in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("beginning", [b"PK", b"\x80\x02", b" <", b"<", b"\n\t "])
+def test_a_safetensors_header_may_be_of_any_length(tmp_path, beginning):
+    path = write(prior().state_dict(), tmp_path / "c.safetensors")
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    longer = int.from_bytes(beginning.ljust(2, b"\x40") + b"\x01", "little")
+    header = content[8 : 8 + length].ljust(longer)
+    path.write_bytes(longer.to_bytes(8, "little") + header + content[8 + length :])
+    w.load_stage_c(path)
+
+
 def test_a_torch_file_without_named_tensors_is_named(tmp_path):
     for content in (torch.ones(3), [torch.ones(3)], {"iter": 3}, {}):
         torch.save(content, tmp_path / "odd.pt")

@@ -62,15 +62,14 @@ def open_archive(path: str | Path) -> Archive:
         raise WuerstchenError(f"{path}: cannot be read ({error.strerror})") from error
     if not start:
         raise WuerstchenError(f"{path}: an empty file")
-    for beginning, what in IMPOSTORS.items():
-        if start.lstrip().startswith(beginning):
-            raise WuerstchenError(f"{path}: {what}")
-    if start[8:9] == b"{":
+    if start[8:9] == b"{":  # before all else: the eight bytes of a safetensors header's length may spell anything
         archive = _open_safetensors(path)
     elif start.startswith((b"PK", b"\x80")):
         archive = _open_pytorch(path, mapped=start.startswith(b"PK"))
     else:
-        raise WuerstchenError(f"{path}: not a model: neither a safetensors nor a PyTorch file")
+        impostors = [what for beginning, what in IMPOSTORS.items() if start.lstrip().startswith(beginning)]
+        what = impostors[0] if impostors else "not a model: neither a safetensors nor a PyTorch file"
+        raise WuerstchenError(f"{path}: {what}")
     if not archive.tensors:
         raise WuerstchenError(f"{path}: not a model: there are no named tensors in it")
     return archive
