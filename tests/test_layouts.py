@@ -601,7 +601,7 @@ def test_no_tensor_may_be_missing_or_misshapen(kind):
             damaged = {key: value for key, value in weights.items() if key != name}
             if other is not None:
                 damaged[name] = other
-            with pytest.raises(w.WuerstchenError, match="damaged.pt"):
+            with pytest.raises(w.WuerstchenError, match=f"damaged.pt: .*{kind}"):
                 read(kind, damaged)
 
 
@@ -728,7 +728,7 @@ def test_what_is_no_model_is_named(tmp_path, capsys, content, says):
     assert says in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("beginning", [b"PK", b"\x80\x02", b" <", b"<", b"\n\t "])
+@pytest.mark.parametrize("beginning", [b"PK", b"\x80\x02", b" <", b"<"])
 def test_a_safetensors_header_may_be_of_any_length(tmp_path, beginning):
     path = write(prior().state_dict(), tmp_path / "c.safetensors")
     content = path.read_bytes()

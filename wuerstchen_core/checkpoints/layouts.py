@@ -63,21 +63,24 @@ class Part:
 class Shapes(dict[str, Size]):
     """Shapes by name, of the tensors whose names begin with a prefix (which is left out)."""
 
-    def __init__(self, archive: Archive, prefix: str = ""):
-        self.archive = archive
+    def __init__(self, archive: Archive, kind: str, prefix: str):
+        self.archive, self.kind, self.prefix = archive, kind, prefix
         super().__init__(
             (name[len(prefix) :], tensor.shape) for name, tensor in archive.tensors.items() if name.startswith(prefix)
         )
 
     def __missing__(self, name: str) -> Size:
-        raise WuerstchenError(f"{self.archive.path}: incomplete, it has no {name}")
+        raise WuerstchenError(f"{self.archive.path}: an incomplete {self.kind} file, {self.prefix}{name} is missing")
 
     def has(self, pattern: str) -> bool:
         return any(re.fullmatch(pattern, name) for name in self)
 
     def first(self, pattern: str) -> Size:
         """The shape of the first tensor whose name matches."""
-        return next((self[name] for name in self if re.fullmatch(pattern, name)), None) or self[pattern]
+        for name in self:
+            if re.fullmatch(pattern, name):
+                return self[name]
+        return self[pattern.replace(r"\d+", "*").replace("\\", "")]
 
     def count(self, pattern: str) -> int:
         """One more than the largest number that the pattern's group matches at the start of a name, or 0."""
@@ -87,8 +90,8 @@ class Shapes(dict[str, Size]):
     def heads(self, width: int) -> int:
         if width % HEAD_WIDTH:
             raise WuerstchenError(
-                f"{self.archive.path}: how many attention heads it has cannot be told: its width {width} is not a "
-                f"multiple of the released models' {HEAD_WIDTH} a head, and it has no configuration of ours"
+                f"{self.archive.path}: a {self.kind} file whose number of attention heads cannot be told: its width "
+                f"{width} is not a multiple of the released models' {HEAD_WIDTH}, and it has no configuration of ours"
             )
         return width // HEAD_WIDTH
 
@@ -116,12 +119,12 @@ def part_at(archive: Archive, kind: str, prefix: str) -> Part:
 
     Raises WuerstchenError where a tensor is missing that shows the configuration, or is not as the network has it.
     """
-    shapes = Shapes(archive, prefix)
+    shapes = Shapes(archive, kind, prefix)
     try:
         layout, config = READERS[kind](shapes)
+    except WuerstchenError:
+        raise
     except (IndexError, ValueError, ZeroDivisionError) as error:
-        if isinstance(error, WuerstchenError):
-            raise
         raise WuerstchenError(f"{archive.path}: its tensors have not the shapes of a {kind}") from error
     return Part(kind, layout, prefix, config)
 
