@@ -85,6 +85,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(evaluate)
 
+    inspect = _command(commands, "inspect", _inspect, "say what a file of weights is, and which loader takes it")
+    inspect.add_argument("file", type=Path, help="safetensors or PyTorch file, in any layout")
+
+    convert = _command(commands, "convert", _convert, "write a published file of weights as one of ours")
+    convert.add_argument("file", type=Path, help="safetensors or PyTorch file, in any layout")
+    convert.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="a .safetensors file, or a folder: there every network of the file gets its usual name",
+    )
+    convert.add_argument("--part", metavar="NETWORK", help="which network, where the file holds several")
+    convert.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: the file's own")
+
     benchmark = _command(commands, "benchmark", _benchmark, "time loading and drawing")
     benchmark.add_argument("--runs", type=int, default=3, metavar="N", help="pictures to draw (default: 3)")
     _add_model(benchmark)
@@ -248,6 +264,43 @@ def _evaluate(options: argparse.Namespace) -> None:
         return
     for line in evaluate(_load(options), emoji, options.count):
         print(line, flush=True)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from .checkpoints.files import describe
+
+    for line in describe(options.file):
+        print(line)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    import torch
+    from safetensors import SafetensorError
+
+    from .checkpoints import files
+    from .checkpoints.archive import open_archive
+
+    kinds = list(files.parts(open_archive(options.file)))
+    if options.part is not None:
+        if options.part not in kinds:
+            raise WuerstchenError(f"{options.file}: there is no {options.part} in it, only {' and '.join(kinds)}")
+        kinds = [options.part]
+    into_folder = options.output.is_dir()
+    if len(kinds) > 1 and not into_folder:
+        raise WuerstchenError(
+            f"{options.file}: it holds {' and '.join(kinds)}: name one with --part, or give a folder as -o for all"
+        )
+    if not into_folder and options.output.suffix != ".safetensors":
+        raise WuerstchenError(f"{options.output}: neither a folder nor a name that ends in .safetensors")
+    dtype = options.dtype and getattr(torch, options.dtype)
+    for kind in kinds:
+        path = options.output / f"{kind}.safetensors" if into_folder else options.output
+        network = getattr(files, f"load_{kind}")(options.file, dtype=dtype)
+        try:
+            files.save(network, path)
+        except (OSError, SafetensorError) as error:
+            raise WuerstchenError(f"{path}: could not be written ({error})") from error
+        print(path)
 
 
 def _benchmark(options: argparse.Namespace) -> None:

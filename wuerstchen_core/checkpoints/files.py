@@ -1,11 +1,14 @@
-"""Our own weight files: safetensors whose metadata holds the network's kind and configuration as JSON."""
+"""Weight files: loading a network from any layout, saving it in ours.
+
+Ours are safetensors whose metadata holds the network's kind and configuration as JSON.
+"""
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,6 +20,9 @@ from ..models.stage_a import VQGAN, StageAConfig
 from ..models.stage_b import DiffNeXt, StageBConfig
 from ..models.stage_c import Prior, StageCConfig
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
+from .archive import Archive, open_archive
+from .convert import sources
+from .layouts import Part, foreign, part_at, places
 
 METADATA_KEY = "wuerstchen"
 
@@ -62,67 +68,139 @@ def save(network: nn.Module, path: str | Path, dtype: torch.dtype | None = None)
         save_file(tensors, partial, metadata={METADATA_KEY: header})
 
 
-def load_stage_a(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32, operations=nn) -> VQGAN:
+def load_stage_a(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, operations=nn) -> VQGAN:
     """Stage A from `path`, ready for inference.
 
-    `operations` is what the layers are made of (ComfyUI's convention). Raises WuerstchenError, as every loader here,
-    when the file is not a whole file of this network.
+    Every loader here takes the layouts of DESIGN section 4, as safetensors or PyTorch file, or a folder of diffusers
+    or transformers that holds one. `dtype` None keeps the file's; `operations` is what the layers are made of
+    (ComfyUI's convention). On the CPU, what needs no conversion stays a view of the file.
+
+    Raises:
+        WuerstchenError: the file is not a whole file of this network, or its weights are not all finite in `dtype`.
     """
     return _load("stage_a", path, device, dtype, operations=operations)
 
 
-def load_stage_b(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32, operations=nn) -> DiffNeXt:
-    """Stage B from `path`, ready for inference."""
+def load_stage_b(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, operations=nn) -> DiffNeXt:
+    """Stage B from `path`, ready for inference; see `load_stage_a`."""
     return _load("stage_b", path, device, dtype, operations=operations)
 
 
-def load_stage_c(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32, operations=nn) -> Prior:
-    """Stage C from `path`, ready for inference."""
+def load_stage_c(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, operations=nn) -> Prior:
+    """Stage C from `path`, its EMA where it has one, ready for inference; see `load_stage_a`."""
     return _load("stage_c", path, device, dtype, operations=operations)
 
 
-def load_semantic_compressor(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> SemanticCompressor:
-    """The semantic compressor from `path`, ready for inference."""
+def load_semantic_compressor(
+    path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32
+) -> SemanticCompressor:
+    """The semantic compressor from `path`, which may be the published Stage B; see `load_stage_a`."""
     return _load("semantic_compressor", path, device, dtype)
 
 
-def load_text_encoder(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> TextEncoder:
-    """A text encoder from `path`, ready for inference."""
+def load_text_encoder(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32) -> TextEncoder:
+    """A text encoder from `path`, a CLIP's with or without its vision tower; see `load_stage_a`."""
     return _load("text_encoder", path, device, dtype)
 
 
-def _load(kind: str, path: str | Path, device, dtype: torch.dtype, **options) -> nn.Module:
-    cls, config_cls = NETWORKS[kind]
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = _read_config(kind, config_cls, path, file.metadata())
-            with torch.device("meta"):
-                network = cls(config, **options)
-            weights = {name: _place(file.get_tensor(name), device, dtype) for name in file.keys()}
-    except FileNotFoundError as error:
-        raise WuerstchenError(f"{path}: there is no such file") from error
-    except (SafetensorError, OSError) as error:
-        raise WuerstchenError(f"{path}: not a whole safetensors file ({error})") from error
-    try:
-        network.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise WuerstchenError(f"{path}: its weights do not fit its own configuration: {first}") from error
+def parts(archive: Archive) -> dict[str, Part]:
+    """Kind -> network in the file.
+
+    Raises WuerstchenError where there is none, or where it is none that the loaders could take.
+    """
+    if METADATA_KEY in archive.metadata:
+        own = _own_part(archive)
+        return {own.kind: own}
+    found = {kind: part_at(archive, kind, prefix) for kind, prefix in places(archive).items()}
+    if not found:
+        raise WuerstchenError(f"{archive.path}: this is {_unknown(archive)}")
+    return found
+
+
+def describe(path: str | Path) -> Iterator[str]:
+    """What a file holds, a line a fact: its format, then of every network its loader, configuration, size and dtype.
+
+    Raises WuerstchenError as the loaders do; the weights themselves are not read.
+    """
+    archive = open_archive(path)
+    found = parts(archive)
+    yield f"{archive.path}: {archive.format}, {archive.path.stat().st_size / 1e6:,.1f} MB"
+    beside = foreign(archive, tuple(part.prefix for part in found.values()))
+    if beside:
+        yield f"beside the following: {beside}"
+    for kind, part in found.items():
+        network = _empty(archive, part)
+        read = [source for source in sources(archive, part, _shapes(network)).values() if source]
+        used = [archive.tensors[name] for source in read for name in source.names]
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in used if tensor.is_floating_point()})
+        yield f"{kind}: load_{kind} takes it"
+        yield f"  layout         {part.layout}" + (f", under {part.prefix.rstrip('.')}" if part.prefix else "")
+        yield f"  parameters     {sum(parameter.numel() for parameter in network.parameters()):,}"
+        yield f"  dtype          {', '.join(dtypes)}"
+        for field, value in dataclasses.asdict(part.config).items():
+            yield f"  {field:<14} {value}"
+
+
+def _load(kind: str, path: str | Path, device, dtype: torch.dtype | None, **options) -> nn.Module:
+    archive = open_archive(path)
+    part = _part(archive, kind)
+    network = _empty(archive, part, **options)
+    weights = {}
+    for name, source in sources(archive, part, _shapes(network)).items():
+        tensor = torch.tensor(0) if source is None else source.read(archive)
+        weights[name] = _place(archive, name, tensor, device, dtype)
+    network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)
 
 
-def _read_config(kind: str, config_cls: type, path: str | Path, metadata: dict[str, str] | None):
+def _part(archive: Archive, kind: str) -> Part:
+    if METADATA_KEY in archive.metadata:
+        own = _own_part(archive)
+        if own.kind == kind:
+            return own
+        found = {own.kind: own.prefix}
+    else:
+        found = places(archive)
+        if kind in found:
+            return part_at(archive, kind, found[kind])
+    if not found:
+        raise WuerstchenError(f"{archive.path}: this is {_unknown(archive)}; here goes a {kind} file")
+    beside = foreign(archive, tuple(found.values()))
+    what = f"a {' and '.join(found)} file" + (f", with {beside}" if beside else "")
+    loaders = " and ".join(f"load_{other}" for other in found) + (" takes" if len(found) == 1 else " take")
+    raise WuerstchenError(f"{archive.path}: this is {what}; {loaders} it, here goes a {kind} file")
+
+
+def _unknown(archive: Archive) -> str:
+    first = ", ".join(list(archive.tensors)[:3])
+    return foreign(archive) or f"no network of Würstchen (the names of its tensors begin with {first})"
+
+
+def _empty(archive: Archive, part: Part, **options) -> nn.Module:
+    """The network of a part without memory for its weights."""
     try:
-        header = json.loads((metadata or {})[METADATA_KEY])
-        found, values = header["network"], header["config"]
+        with torch.device("meta"):
+            return NETWORKS[part.kind][0](part.config, **options)
+    except (TypeError, ValueError, RuntimeError, IndexError, ArithmeticError) as error:
+        raise WuerstchenError(f"{archive.path}: there is no {part.kind} of its configuration: {error}") from error
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+def _own_part(archive: Archive) -> Part:
+    try:
+        header = json.loads(archive.metadata[METADATA_KEY])
+        kind, values = header["network"], header["config"]
+        config_cls = NETWORKS[kind][1]
     except (KeyError, TypeError, ValueError) as error:
-        raise WuerstchenError(f"{path}: not one of our weight files (no {METADATA_KEY!r} in its metadata)") from error
-    if found != kind:
-        raise WuerstchenError(f"{path}: this is a {found} file; load_{found} takes it, here goes a {kind} file")
+        raise WuerstchenError(f"{archive.path}: {METADATA_KEY!r} in its metadata is not as we write it") from error
     try:
-        return config_cls(**{name: _FIELD_READERS.get(name, _hashable)(value) for name, value in values.items()})
-    except TypeError as error:
-        raise WuerstchenError(f"{path}: its configuration is not one of a {kind}: {error}") from error
+        config = config_cls(**{name: _FIELD_READERS.get(name, _hashable)(value) for name, value in values.items()})
+    except (AttributeError, TypeError) as error:
+        raise WuerstchenError(f"{archive.path}: its configuration is not one of a {kind}: {error}") from error
+    return Part(kind, "ours", "", config)
 
 
 def _hashable(value):
@@ -135,5 +213,20 @@ _FIELD_READERS = {
 }
 
 
-def _place(tensor: torch.Tensor, device, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(device, dtype if tensor.is_floating_point() else None)
+def _place(archive: Archive, name: str, tensor: torch.Tensor, device, dtype: torch.dtype | None) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor.to(device)
+    placed = tensor.to(device, dtype)
+    if not _is_finite(placed):
+        if _is_finite(tensor):
+            half = str(dtype).removeprefix("torch.")
+            raise WuerstchenError(f"{archive.path}: {name} is too large for {half}; load it as bfloat16 or float32")
+        raise WuerstchenError(f"{archive.path}: damaged weights, {name} is not finite (NaN or infinity)")
+    return placed
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Reads the tensor once and copies nothing, as `isfinite` would."""
+    if tensor.numel() == 0 or tensor.dtype.itemsize == 1:
+        return True
+    return all(extreme.isfinite() for extreme in tensor.aminmax())
