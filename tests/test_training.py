@@ -113,6 +113,7 @@ def emoji(tmp_path):
 def short_plans(monkeypatch):
     for name, plan in mini.PLANS.items():
         monkeypatch.setitem(mini.PLANS, name, Plan(steps=2, batch=4, learning_rate=plan.learning_rate))
+    monkeypatch.setattr(mini, "TEXT_MAPPER_PLAN", Plan(steps=2, batch=4, learning_rate=1e-3))
 
 
 def test_the_recipe_makes_a_model_that_draws(emoji, tmp_path, short_plans):

@@ -92,7 +92,7 @@ def _fused_attention(name: str, shapes: Mapping[str, torch.Size]) -> Source:
 
 
 def _whole_stage_b(rename: Callable) -> Callable:
-    """The semantic latent's columns are the last ones of the first Linear, behind the block's own and the way down's."""
+    """The semantic latent's columns are the last ones of the first Linear, behind its own and the way down's."""
 
     def source(name: str, shapes: Mapping[str, torch.Size]) -> Source:
         block = re.sub(r"\.(?:semantic|channelwise\.0)\.weight$", "", name)

@@ -65,6 +65,9 @@ PLANS = {
     "stage_c": Plan(steps=4000, batch=40, learning_rate=8e-4, cool_down=0.12, gradient_norm=0.5),
 }
 
+# Not a network of its own: what Stage C's text mapper learns before Stage C.
+TEXT_MAPPER_PLAN = Plan(steps=9000, batch=512, learning_rate=3e-3, cool_down=0.5, save_every=3000)
+
 VARIANTS = {
     "semantic_compressor": 5,
     "stage_a": 2,
@@ -362,11 +365,10 @@ def prime_text_mapper(stage_c: Prior, seen: Features, encoder: TextEncoder, work
     reader = nn.Sequential(stage_c.cond_mapper, nn.SiLU(), nn.Linear(STAGE_C.width, latents.shape[1]))
 
     def loss(generator: random.Random) -> Tensor:
-        rows = torch.randint(len(states), (512,))
+        rows = torch.randint(len(states), (TEXT_MAPPER_PLAN.batch,))
         return F.mse_loss(reader(states[rows]), latents[rows])
 
-    plan = Plan(steps=9000, batch=512, learning_rate=3e-3, cool_down=0.5, save_every=3000)
-    train(reader, loss, plan, work / "stage_c_text_mapper.pt")
+    train(reader, loss, TEXT_MAPPER_PLAN, work / "stage_c_text_mapper.pt")
 
 
 def initialise(network: Prior | DiffNeXt) -> None:
