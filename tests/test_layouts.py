@@ -5,6 +5,8 @@ another order; a wrong number of heads; the semantic latent's columns taken for 
 instead of the EMA; the vision tower instead of the text tower; a network built smaller than its file.
 """
 
+import ctypes
+import gc
 import os
 import pickle
 import re
@@ -471,6 +473,8 @@ def peak_growth(work):
     def status(field):
         return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what is taken
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     result = work()
@@ -618,6 +622,24 @@ def test_a_tensor_too_many_within_the_network_is_named(kind):
     }[kind]
     with pytest.raises(w.WuerstchenError, match=re.escape(name)):
         read(kind, weights | {name: torch.ones(2)})
+
+
+@pytest.mark.parametrize("names", ["lg", "gl"])
+@torch.no_grad()
+def test_of_two_text_towers_the_larger_is_taken(tmp_path, names):
+    """As ComfyUI saves SDXL's two."""
+    large, small = clip_of_comfyui(), CLIPTextModel(CLIPTextConfig(hidden_size=64, num_hidden_layers=1))
+    weights = {f"{names[0]}.{name}": tensor for name, tensor in small.state_dict().items()}
+    weights |= {f"{names[1]}.{name}": tensor for name, tensor in large.state_dict().items()}
+    ours = w.load_text_encoder(write(weights, tmp_path / "two.safetensors"))
+    assert distance(run_text_encoder(ours), run_text_encoder(large)) < TOLERANCE
+
+
+def test_a_text_encoder_of_other_tokens_is_named(tmp_path):
+    network = CLIPTextModel(CLIPTextConfig(vocab_size=32000, hidden_size=64, num_hidden_layers=1))
+    path = write(network.state_dict(), tmp_path / "siglip.safetensors")
+    with pytest.raises(w.WuerstchenError, match="a text encoder of 32000 tokens; Würstchen's are CLIP's, of 49408"):
+        w.load_text_encoder(path)
 
 
 def test_a_width_whose_heads_are_unknown_is_named(tmp_path):

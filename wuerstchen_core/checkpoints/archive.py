@@ -109,7 +109,7 @@ def _open_pytorch(path: Path, mapped: bool) -> Archive:
 
 def _flattened(content, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(content, Tensor) and prefix:
-        yield prefix, content.detach()
+        yield prefix, content
     elif isinstance(content, Mapping):
         for key, value in content.items():
             yield from _flattened(value, f"{prefix}.{key}" if prefix else str(key))
