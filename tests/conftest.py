@@ -23,6 +23,14 @@ from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
 SPACE = LatentSpace(shift=0.5, scale=2.0)
 
 
+def pytest_configure(config):
+    """The folder of the clone is ComfyUI's package, not one of tests: pytest would import it, under a name with hyphens.
+
+    This is `--confcutdir=tests`, which as an option would hold only for runs from the folder of the clone.
+    """
+    config.pluginmanager._confcutdir = Path(__file__).parent
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A folder with a whole set of weight files in float32."""
