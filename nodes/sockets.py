@@ -2,6 +2,8 @@
 
 from comfy_api.latest import io
 
+from ..wuerstchen_core.diffusion.samplers import SAMPLERS
+
 CATEGORY = "Würstchen"
 
 StageA = io.Custom("WUERSTCHEN_STAGE_A")
@@ -13,6 +15,19 @@ SemanticCompressor = io.Custom("WUERSTCHEN_SEMANTIC_COMPRESSOR")
 
 def seed_input(tooltip: str) -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
+
+
+def sampling_inputs(steps: int, cfg: float, cfg_tooltip: str) -> list[io.Input]:
+    """What both samplers ask for, with a stage's own defaults."""
+    return [
+        io.Int.Input(
+            "steps", default=steps, min=1, max=1000, tooltip="More steps are slower, and finer up to a point."
+        ),
+        io.Float.Input("cfg", default=cfg, min=0.0, max=30.0, step=0.1, round=0.01, tooltip=cfg_tooltip),
+        io.Combo.Input(
+            "sampler", options=list(SAMPLERS), default="ddpm", tooltip="ddpm adds fresh noise at every step."
+        ),
+    ]
 
 
 def size_inputs(what: str) -> list[io.Int.Input]:

@@ -1,6 +1,5 @@
 from comfy_api.latest import io
 
-from ..wuerstchen_core.diffusion.samplers import SAMPLERS
 from ..wuerstchen_core.pipeline import sample_stage_b
 from . import host, latents, sockets
 
@@ -20,20 +19,8 @@ class WuerstchenStageBSampler(io.ComfyNode):
                     tooltip="From Würstchen Stage C Sampler, or from Würstchen Semantic Compress to vary a picture.",
                 ),
                 sockets.seed_input("The same seed gives the same picture; another one, other details."),
-                io.Int.Input(
-                    "steps", default=12, min=1, max=1000, tooltip="More steps are slower, and finer up to a point."
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="How closely the latent and the prompt are followed. 1 is off, and twice as fast.",
-                ),
-                io.Combo.Input(
-                    "sampler", options=list(SAMPLERS), default="ddpm", tooltip="ddpm adds fresh noise at every step."
+                *sockets.sampling_inputs(
+                    12, 1.0, "How closely the latent and the prompt are followed. 1 is off, and twice as fast."
                 ),
                 io.Conditioning.Input(
                     "positive",

@@ -2,7 +2,6 @@ import torch
 from comfy_api.latest import io
 
 from ..wuerstchen_core import Geometry
-from ..wuerstchen_core.diffusion.samplers import SAMPLERS
 from ..wuerstchen_core.diffusion.schedule import SCHEDULES
 from ..wuerstchen_core.models.stage_c import StageCConfig
 from ..wuerstchen_core.pipeline import sample_stage_c
@@ -54,20 +53,8 @@ class WuerstchenStageCSampler(io.ComfyNode):
                     "With a noise mask only the masked part is drawn.",
                 ),
                 sockets.seed_input("The same seed gives the same picture."),
-                io.Int.Input(
-                    "steps", default=30, min=1, max=1000, tooltip="More steps are slower, and finer up to a point."
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=4.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="How closely the prompt is followed. 1 is off: faster, and the negative is not read.",
-                ),
-                io.Combo.Input(
-                    "sampler", options=list(SAMPLERS), default="ddpm", tooltip="ddpm adds fresh noise at every step."
+                *sockets.sampling_inputs(
+                    30, 4.0, "How closely the prompt is followed. 1 is off: faster, and the negative is not read."
                 ),
                 io.Combo.Input(
                     "schedule",

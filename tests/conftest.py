@@ -24,7 +24,7 @@ SPACE = LatentSpace(shift=0.5, scale=2.0)
 
 
 def pytest_configure(config):
-    """The folder of the clone is ComfyUI's package, not one of tests: pytest would import it, under a name with hyphens.
+    """The folder of the clone is ComfyUI's package, not one of tests: pytest would import it, whatever its name.
 
     This is `--confcutdir=tests`, which as an option would hold only for runs from the folder of the clone.
     """

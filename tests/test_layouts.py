@@ -1,4 +1,4 @@
-"""Files of weights in every layout of DESIGN section 4, written by the libraries that have them, and bad files.
+"""Files of weights in every layout that the loaders take, written by the libraries that have them, and bad files.
 
 What would make a picture wrong without an error, and is therefore looked for in numbers: queries, keys and values in
 another order; a wrong number of heads; the semantic latent's columns taken for those of the way down; the raw weights
@@ -24,6 +24,7 @@ from torchvision.transforms.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import wuerstchen_core as w
+from tests.reference import distance, randomise
 from wuerstchen_core.checkpoints import files
 from wuerstchen_core.checkpoints.archive import Archive, open_archive
 from wuerstchen_core.checkpoints.convert import sources
@@ -46,27 +47,6 @@ LOADERS = {
 }
 PROMPTS = ["a cat", "an oil painting of a lighthouse by the sea in a storm"]
 CLIP_TEXT = {"width": 128, "heads": 2, "layers": 2}
-
-
-def distance(ours, theirs):
-    return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
-
-
-def randomise(network):
-    """Weights at which every part of the network matters (several start at zero)."""
-    torch.manual_seed(0)
-    for parameter in network.parameters():
-        fan = parameter[0].numel() if parameter.dim() > 1 else 4
-        parameter.data.normal_(std=fan**-0.5)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            if module.affine:
-                module.weight.data.uniform_(0.5, 1.5)
-        if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
-            module.weight.data.uniform_(0.5, 1.5)
-    return network.eval().requires_grad_(False)
 
 
 class PublishedAttnBlock(AttnBlock):

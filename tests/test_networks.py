@@ -7,6 +7,7 @@ from torchvision.models import efficientnet_v2_s
 from torchvision.transforms.functional import normalize
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from tests.reference import distance, randomise
 from wuerstchen_core.models.semantic_compressor import SemanticCompressor
 from wuerstchen_core.models.stage_a import VQGAN, StageAConfig
 from wuerstchen_core.models.stage_b import DiffNeXt, StageBConfig
@@ -18,24 +19,6 @@ TOLERANCE = 5e-5  # relative, float32
 STAGE_B = StageBConfig(
     widths=(32, 64, 64, 128), heads=(0, 2, 1, 4), blocks=(1, 2, 3, 1), condition_width=48, text_width=40
 )
-
-
-def distance(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-def randomise(network):
-    """Weights at which every part of the network matters (several start at zero)."""
-    torch.manual_seed(0)
-    for parameter in network.parameters():
-        fan = parameter[0].numel() if parameter.dim() > 1 else 4
-        parameter.data.normal_(std=fan**-0.5)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            module.weight.data.uniform_(0.5, 1.5)
-    return network.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Picture size <-> latent sizes, in one place (DESIGN: 42.67:1 in Stage C, 4:1 in Stages A and B)."""
+"""Picture size <-> latent sizes, in one place: 42.67:1 a side in Stage C, 4:1 in Stages A and B."""
 
 from dataclasses import dataclass
 

@@ -74,10 +74,10 @@ def sample_stage_c(
     Raises:
         WuerstchenError: the text comes from an encoder of another width, or an option is out of its range.
     """
-    dtype = dtype or _dtype(stage_c)
-    texts = _texts(text, negative if cfg != 1 else None, latent.shape[0], stage_c.config.text_width, "Stage C")
     if cfg != 1 and negative is None:
         raise WuerstchenError(f"cfg {cfg} needs a negative prompt's encoding (that of an empty text will do)")
+    dtype = dtype or _dtype(stage_c)
+    texts = _texts(text, negative if cfg != 1 else None, latent.shape[0], stage_c.config.text_width, "Stage C")
     condition = stage_c.condition(texts.to(latent.device, dtype))
     times = sampling_times(steps, schedule, denoise)
     draw = _noise(latent, seed, batch_index)

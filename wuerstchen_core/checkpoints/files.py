@@ -71,9 +71,10 @@ def save(network: nn.Module, path: str | Path, dtype: torch.dtype | None = None)
 def load_stage_a(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, operations=nn) -> VQGAN:
     """Stage A from `path`, ready for inference.
 
-    Every loader here takes the layouts of DESIGN section 4, as safetensors or PyTorch file, or a folder of diffusers
-    or transformers that holds one. `dtype` None keeps the file's; `operations` is what the layers are made of
-    (ComfyUI's convention). On the CPU, what needs no conversion stays a view of the file.
+    Every loader here takes our layout, the authors', diffusers' and, for text, open_clip's and transformers', as
+    safetensors or PyTorch file, or a folder of diffusers or transformers that holds one. `dtype` None keeps the
+    file's; `operations` is what the layers are made of (ComfyUI's convention). On the CPU, what needs no conversion
+    stays a view of the file.
 
     Raises:
         WuerstchenError: the file is not a whole file of this network, or its weights are not all finite in `dtype`.

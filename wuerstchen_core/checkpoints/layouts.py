@@ -1,6 +1,7 @@
 """Which networks a file of weights holds, in whose layout and of which configuration: from names and shapes alone.
 
-DESIGN section 4 lists the layouts. The released networks' attention heads are 64 wide, which shapes do not show.
+The layouts are ours, the authors' ("published"), diffusers', open_clip's and transformers'. The released networks'
+attention heads are 64 wide, which shapes do not show.
 """
 
 import re
@@ -228,7 +229,8 @@ def _text_encoder(shapes: Shapes) -> tuple[str, TextEncoderConfig]:
     vocabulary, width = shapes[f"{embeddings}token_embedding.weight"]
     if vocabulary != CLIP_VOCABULARY:
         raise WuerstchenError(
-            f"{shapes.archive.path}: a text encoder of {vocabulary} tokens; Würstchen's are CLIP's, of {CLIP_VOCABULARY}"
+            f"{shapes.archive.path}: a text encoder of {vocabulary} tokens; "
+            f"Würstchen's are CLIP's, of {CLIP_VOCABULARY}"
         )
     return layout, TextEncoderConfig(width, shapes.count(layers), shapes.heads(width), context_length, vocabulary)
 

@@ -1,11 +1,9 @@
-"""The text encoder: CLIP's text tower, its hidden states at every position (DESIGN section 2, "Text")."""
+"""The text encoder: CLIP's text tower (arXiv 2103.00020), its hidden states at every position."""
 
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from .prompt import parse_emphasis
@@ -26,6 +24,9 @@ class TextEncoder(nn.Module):
     """Prompts -> the hidden states of all positions after the final LayerNorm, before the projection."""
 
     def __init__(self, config: TextEncoderConfig = TextEncoderConfig()):
+        from open_clip.tokenizer import SimpleTokenizer  # here, since it takes longer than all of this package
+        from open_clip.transformer import TextTransformer
+
         super().__init__()
         self.config = config
         self.tokenizer = SimpleTokenizer()

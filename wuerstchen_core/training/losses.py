@@ -1,11 +1,10 @@
-"""What the networks are trained on (DESIGN section 3, "Training")."""
+"""What the networks are trained on."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion.schedule import add_noise, alpha_bar
-
 
 # Stage C's division by |1 - b| can blow up near b = 1, where one sample would undo what many have taught.
 LARGEST_ERROR = 20.0

@@ -68,10 +68,8 @@ PLANS = {
 # Not a network of its own: what Stage C's text mapper learns before Stage C.
 TEXT_MAPPER_PLAN = Plan(steps=9000, batch=512, learning_rate=3e-3, cool_down=0.5, save_every=3000)
 
-VARIANTS = {
-    "semantic_compressor": 5,
-    "stage_a": 2,
-}  # pictures of each emoji whose features are kept, the plain one first
+# Of how many pictures of each emoji the features are kept, the plain one first.
+VARIANTS = {"semantic_compressor": 5, "stage_a": 2}
 PATCH = 16  # pixels of a small picture to a position of Stage C's latent: the compressor learns on 96x96
 CROP = 64  # Stage A learns from crops of this side
 REPEATS = 2  # Stage C sees each caption of a batch at this many noise levels
@@ -358,9 +356,9 @@ def prime_text_mapper(stage_c: Prior, seen: Features, encoder: TextEncoder, work
             end = (tokens == encoder.tokenizer.eot_token_id).int().argmax(dim=1)
             with torch.no_grad():
                 hidden = encoder.encode_tokens(tokens)
-            for position in (end, *torch.randint(int(end.max()), tokens.shape[1], (3, 1)).expand(-1, len(end))):
-                states.append(hidden[torch.arange(len(end)), position])
-                latents.append(_stack(seen.semantic, drawn).flatten(1))
+            states.append(hidden[torch.arange(len(end)), end])
+            states += [hidden[:, generator.randrange(int(end.max()), tokens.shape[1])] for _ in range(3)]
+            latents += [_stack(seen.semantic, drawn).flatten(1)] * 4
     states, latents = torch.cat(states), torch.cat(latents)
     reader = nn.Sequential(stage_c.cond_mapper, nn.SiLU(), nn.Linear(STAGE_C.width, latents.shape[1]))
 

@@ -1,0 +1,25 @@
+"""What the comparisons with independent implementations share."""
+
+import torch
+from torch import nn
+
+
+def distance(ours, theirs):
+    return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+
+
+def randomise(network):
+    """Weights at which every part of the network matters (several start at zero)."""
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        fan = parameter[0].numel() if parameter.dim() > 1 else 4
+        parameter.data.normal_(std=fan**-0.5)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            if module.affine:
+                module.weight.data.uniform_(0.5, 1.5)
+        if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            module.weight.data.uniform_(0.5, 1.5)
+    return network.eval().requires_grad_(False)
