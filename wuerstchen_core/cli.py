@@ -16,6 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     except WuerstchenError as error:
         print(f"wuerstchen: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"wuerstchen: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("wuerstchen: interrupted", file=sys.stderr)
         return 130
@@ -138,6 +141,13 @@ def _check_device(name: str) -> None:
         raise WuerstchenError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from error
 
 
+def _check_png(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise WuerstchenError(f"{path}: pictures are written as PNG, so the name must end in .png")
+    if not path.absolute().parent.is_dir():
+        raise WuerstchenError(f"{path.parent}: there is no such folder")
+
+
 def _generate(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
@@ -145,10 +155,7 @@ def _generate(options: argparse.Namespace) -> None:
         raise WuerstchenError("--denoise is about a picture to start from: give one with --image")
     image = None if options.image is None else _read_image(options.image)
     denoise = 0.6 if options.denoise is None else options.denoise
-    if options.output.suffix.lower() != ".png":
-        raise WuerstchenError(f"{options.output}: pictures are written as PNG, so the name must end in .png")
-    if not options.output.absolute().parent.is_dir():
-        raise WuerstchenError(f"{options.output.parent}: there is no such folder")
+    _check_png(options.output)
     model = _load(options)
     with tqdm(unit="step", leave=False) as bar:
 
@@ -259,6 +266,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.sheet is not None:
         from .training.samples import sample_sheet
 
+        _check_png(options.sheet)
         with replacing(options.sheet) as partial:
             sample_sheet(_load(options)).save(partial, format="PNG")
         return

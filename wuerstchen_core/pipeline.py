@@ -311,6 +311,8 @@ def _noise(latent: Tensor, seed: int, batch_index: list[int] | None) -> Callable
     Each call has a generator of its own, the first one the seed's, so that a picture gets the same noise whatever the
     size of its batch.
     """
+    if not -(2**63) <= seed < 2**64:
+        raise WuerstchenError(f"seed is {seed}: it must have 64 bits at most")
     index = list(range(latent.shape[0])) if batch_index is None else batch_index
     later = random.Random(seed)
     seeds = chain([seed], iter(lambda: later.getrandbits(63), None))

@@ -81,10 +81,12 @@ def train_mini(data: str | Path, work: str | Path, only: str | None = None, step
     What is in `work` already is not trained again; an interrupted run goes on where it was saved.
 
     Raises:
-        WuerstchenError: there is no data set in `data`, or `only` is none of the networks.
+        WuerstchenError: there is no data set in `data`, `only` is none of the networks, or steps is below 1.
     """
     if only not in (None, *PLANS):
         raise WuerstchenError(f"the mini has no network {only!r}: take one of {', '.join(PLANS)}")
+    if steps is not None and steps < 1:
+        raise WuerstchenError(f"steps is {steps}: at least 1 is needed")
     emoji, work = EmojiSet(data), Path(work)
     work.mkdir(parents=True, exist_ok=True)
     for name in (only,) if only else PLANS:
