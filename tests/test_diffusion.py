@@ -147,12 +147,14 @@ def test_what_is_prepared_once_is_what_every_step_would_compute():
         torch.testing.assert_close(model(x, t), network(x, torch.full((2,), t), semantic, text))
 
 
-def test_loss_is_weighted_by_the_share_of_noise():
-    """1 / (1 + SNR) = 1 - alpha_bar: a prediction of zero costs the mean of (1 - alpha_bar) * noise²."""
+@pytest.mark.parametrize("k", [1.0, 0.1])
+def test_loss_is_weighted_by_the_share_of_noise(k):
+    """A prediction of zero costs the mean of noise² / (k + SNR), where SNR = alpha_bar / (1 - alpha_bar)."""
     torch.manual_seed(5)
-    loss = diffusion_loss(lambda x, t: torch.zeros_like(x), torch.zeros(100_000, 1, 2, 2)).item()
+    loss = diffusion_loss(lambda x, t: torch.zeros_like(x), torch.zeros(100_000, 1, 2, 2), k).item()
     torch.manual_seed(6)
     t = training_times(200_000)
     assert t.min() >= 0.001 and t.max() == 1
     assert (t == 1).float().mean().item() == pytest.approx(0.081 / 1.08, abs=0.003)
-    assert loss == pytest.approx((1 - alpha_bar(t)).mean().item(), rel=0.02)
+    signal = alpha_bar(t).double()
+    assert loss == pytest.approx(((1 - signal) / (k * (1 - signal) + signal)).mean().item(), rel=0.02)

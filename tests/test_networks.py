@@ -167,6 +167,15 @@ def test_tokens_are_padded_with_the_end_token(text_encoder):
     assert weights.tolist() == [[[1.0] * 77]]
 
 
+@torch.no_grad()
+def test_padding_may_be_left_out(text_encoder):
+    encoder = text_encoder[0]
+    tokens = encoder.tokenize(["a cat", "a small dog"])[0][:, 0]
+    seats = torch.tensor([0, 1, 2, 3, 4, 40, 76])
+    some = encoder.encode_tokens(tokens[:, seats], seats)
+    torch.testing.assert_close(some, encoder.encode_tokens(tokens)[:, seats])
+
+
 def test_released_sizes():
     """Parameters in millions, as published."""
     h = TextEncoderConfig(width=1024, layers=24, heads=16)

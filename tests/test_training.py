@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import wuerstchen_core as w
+from wuerstchen_core.models.text_encoder import TextEncoder
 from wuerstchen_core.training import mini
 from wuerstchen_core.training.emoji import EmojiSet
 from wuerstchen_core.training.evaluate import _psnr, evaluate
@@ -93,7 +94,13 @@ def test_quantization_moves_codebook_and_latent():
 def short_plans(monkeypatch):
     for name, plan in mini.PLANS.items():
         monkeypatch.setitem(mini.PLANS, name, Plan(steps=2, batch=4, learning_rate=plan.learning_rate))
-    monkeypatch.setattr(mini, "TEXT_MAPPER_PLAN", Plan(steps=2, batch=4, learning_rate=1e-3))
+    monkeypatch.setattr(mini, "MEMORY_PLAN", Plan(steps=2, batch=4, learning_rate=1e-3))
+
+
+@pytest.fixture
+def tiny_encoder():
+    torch.manual_seed(0)
+    return TextEncoder(mini.TEXT_ENCODER).requires_grad_(False)
 
 
 def test_the_recipe_makes_a_model_that_draws(emoji, tmp_path, short_plans):
@@ -128,6 +135,17 @@ def test_features_are_those_of_the_pictures_described(emoji, tmp_path, short_pla
     drawn = seen.draw(400, random.Random(0))
     assert {i for i, _ in drawn} == set(range(6)) and {variant for _, variant in drawn} == {0, 1}
     assert 0.4 < np.mean([variant == 0 for _, variant in drawn]) < 0.6
+
+
+def test_captions_kept_are_those_of_the_pictures_drawn(emoji, tmp_path, tiny_encoder):
+    data = EmojiSet(emoji)
+    plain = [[description for description, _ in mini.arrangements(data, i)] for i in range(len(data))]
+    seen = mini.Features(np.zeros((6, 5, 16, 6, 6), np.float16), None, plain)
+    kept = mini.read_captions(seen, tiny_encoder, tmp_path)
+    assert np.abs(kept[4, 0] - tiny_encoder(["green disc, noto style"])[0].numpy()).max() < 1e-2
+    for drawn in [(4, 0), (5, 1), (0, 4)]:
+        seats = {mini._captioned([drawn], random.Random(seed))[0] for seed in range(50)}
+        assert seats == {(drawn[0], c) for c, about in enumerate(mini.CAPTIONS) if about == drawn[1]}
 
 
 def test_psnr_is_its_formula():

@@ -83,11 +83,15 @@ class TextEncoder(nn.Module):
             encoded = torch.lerp(self.encode_tokens(self.tokenize([""])[0][0]), encoded, weights)
         return rearrange(encoded, "(b k) l c -> b (k l) c", b=len(prompts))
 
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Token ids (B, L) padded with the end token -> (B, L, width)"""
+    def encode_tokens(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Token ids (B, L) padded with the end token -> (B, L, width); `positions` (L,): where, by default the first.
+
+        Padding may be left out: no other state depends on it.
+        """
         tower = self.tower
         tokens = tokens.to(tower.positional_embedding.device)
-        h = tower.token_embedding(tokens) + tower.positional_embedding[: tokens.shape[1]]
+        positions = torch.arange(tokens.shape[1]) if positions is None else positions
+        h = tower.token_embedding(tokens) + tower.positional_embedding[positions]
         mask = _attention_mask(tokens, self.tokenizer.eot_token_id).to(h.dtype)
         h = tower.transformer(h, attn_mask=mask.repeat_interleave(self.config.heads, dim=0))
         return tower.ln_final(h)

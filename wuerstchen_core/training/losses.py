@@ -15,8 +15,10 @@ def training_times(count: int) -> Tensor:
     return ((1 - torch.rand(count)) * 1.08 + 0.001).clamp(0.001, 1.0)
 
 
-def diffusion_loss(model, clean: Tensor) -> Tensor:
-    """Squared error of the predicted noise, weighted by 1 / (1 + signal-to-noise ratio) (arXiv 2204.00227).
+def diffusion_loss(model, clean: Tensor, k: float = 1.0) -> Tensor:
+    """Squared error of the predicted noise, weighted by 1 / (k + signal-to-noise ratio) (P2, arXiv 2204.00227).
+
+    The smaller `k`, the more the times count at which there is little but noise, and the text must tell what to draw.
 
     `model(x, t)` predicts the noise in x (B, ...) at times t (B,); `clean` (B, ...) is what it should find. A sample
     whose mean squared error is above LARGEST_ERROR teaches nothing.
@@ -25,7 +27,7 @@ def diffusion_loss(model, clean: Tensor) -> Tensor:
     noise = torch.randn_like(clean)
     signal = alpha_bar(t)
     error = (model(add_noise(clean, noise, t), t) - noise).square().flatten(1).mean(dim=1).clamp(max=LARGEST_ERROR)
-    return (error / (1 + signal / (1 - signal))).mean()
+    return (error / (k + signal / (1 - signal))).mean()
 
 
 def contrastive_loss(texts: Tensor, pictures: Tensor, scale: Tensor, same: Tensor) -> Tensor:

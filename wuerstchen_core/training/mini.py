@@ -30,7 +30,7 @@ from ..models.stage_a import VQGAN, StageAConfig
 from ..models.stage_b import DiffNeXt, StageBConfig
 from ..models.stage_c import Prior, StageCConfig
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
-from .captions import caption
+from .captions import caption, plain_caption
 from .emoji import Description, EmojiSet
 from .loop import Plan, train
 from .losses import contrastive_loss, diffusion_loss, quantization_loss
@@ -46,32 +46,36 @@ COMPRESSOR = SemanticCompressorConfig(
     features=384,
     latent_space=LATENT_SPACE,
 )
-TEXT_ENCODER = TextEncoderConfig(width=128, layers=4, heads=2)
+TEXT_ENCODER = TextEncoderConfig(width=192, layers=7, heads=3)
+READING = 4  # its first blocks; the others remember
 STAGE_B = StageBConfig(
     widths=(48, 96, 192, 192),
     heads=(0, 0, 3, 3),
     blocks=(1, 2, 2, 1),
     condition_width=96,
-    text_width=128,
+    text_width=192,
     latent_space=LATENT_SPACE,
 )
-STAGE_C = StageCConfig(width=256, depth=4, heads=4, text_width=128)
+STAGE_C = StageCConfig(width=256, depth=4, heads=4, text_width=192)
 
 PLANS = {
     "stage_a": Plan(steps=3500, batch=16, learning_rate=2e-3),
     "semantic_compressor": Plan(steps=1300, batch=16, learning_rate=2e-3),
-    "text_encoder": Plan(steps=1400, batch=192, learning_rate=1e-3),
+    "text_encoder": Plan(steps=2300, batch=96, learning_rate=1.5e-3),
     "stage_b": Plan(steps=4000, batch=16, learning_rate=1e-3),
     "stage_c": Plan(steps=4000, batch=40, learning_rate=8e-4, cool_down=0.12, gradient_norm=0.5),
 }
 
-# Not a network of its own: what Stage C's text mapper learns before Stage C.
-TEXT_MAPPER_PLAN = Plan(steps=9000, batch=512, learning_rate=3e-3, cool_down=0.5, save_every=3000)
+# What the text encoder learns by heart.
+MEMORY_PLAN = Plan(steps=12500, batch=512, learning_rate=5e-3, cool_down=0.6, save_every=1000)
 
 # Of how many pictures of each emoji the features are kept, the plain one first.
 VARIANTS = {"semantic_compressor": 5, "stage_a": 2}
 PATCH = 16  # pixels of a small picture to a position of Stage C's latent: the compressor learns on 96x96
 CROP = 64  # Stage A learns from crops of this side
+PLAIN = 0.7  # share of plain pictures among those that texts are learned with
+TOLD = 12  # positions of the latent that a caption must tell in a step of the text encoder
+CAPTIONS = (0,) * 7 + (1, 1, 2, 3, 4)  # which of an emoji's pictures the captions are about whose states are kept
 REPEATS = 2  # Stage C sees each caption of a batch at this many noise levels
 
 
@@ -263,45 +267,133 @@ def load_features(emoji: EmojiSet, work: Path, with_stage_a: bool = False) -> Fe
 
 
 def train_text_encoder(emoji: EmojiSet, work: Path, plan: Plan) -> None:
+    """The first blocks learn to read, the others to remember. Both stay small beside Stage C's training."""
+    seen = load_features(emoji, work)
+    reader = TextEncoder(dataclasses.replace(TEXT_ENCODER, layers=READING))
+    learn_to_read(reader, seen, plan, work / "text_encoder.pt")
+    encoder = TextEncoder(TEXT_ENCODER)
+    encoder.load_state_dict(reader.state_dict(), strict=False)
+    remember(encoder, reader, seen, work / "text_encoder_memory.pt")
+    files.save(encoder, work / "text_encoder.safetensors", torch.float16)
+
+
+def learn_to_read(reader: TextEncoder, seen: Features, plan: Plan, checkpoint: Path) -> None:
     """CLIP's contrastive learning, of captions and the semantic latents of the pictures they describe.
 
-    From the end token on, every state, the padding's too, must also tell the latent itself: Stage C reads them all.
+    Each of the last states must also tell its position of the latent, as well as it can.
     """
-    seen = load_features(emoji, work)
-    encoder = TextEncoder(TEXT_ENCODER)
-    width, latent_size = TEXT_ENCODER.width, math.prod(seen.semantic.shape[2:])
+    width = TEXT_ENCODER.width
+    channels, *area = seen.semantic.shape[2:]
     networks = nn.ModuleDict(
         {
-            "encoder": encoder,
+            "encoder": reader,
             "text": nn.Linear(width, width),
-            "picture": nn.Sequential(nn.Linear(latent_size, 512), nn.GELU(), nn.Linear(512, width)),
-            "latent": nn.Linear(width, latent_size),
+            "picture": nn.Sequential(nn.Linear(channels * math.prod(area), 512), nn.GELU(), nn.Linear(512, width)),
+            "latent": nn.Linear(width, channels),
         }
     )
     networks.scale = nn.Parameter(torch.tensor(2.5))
 
     def loss(generator: random.Random) -> Tensor:
-        drawn = seen.draw(plan.batch, generator)
-        tokens = encoder.tokenize(seen.captions(drawn, generator))[0][:, 0]
-        end = (tokens == encoder.tokenizer.eot_token_id).int().argmax(dim=1)
-        length = tokens.shape[1] if generator.random() < 0.15 else end.max() + 1  # all of the padding costs much time
-        hidden = encoder.encode_tokens(tokens[:, :length])
-        latents = _stack(seen.semantic, drawn).flatten(1)
+        drawn = seen.draw(plan.batch, generator, plain=PLAIN)
+        ends, told, positions = _read(reader, seen.captions(drawn, generator), generator)
+        latents = _stack(seen.semantic, drawn)
         index = torch.tensor(drawn)
         same = (index[:, None] == index[None]).all(dim=2)
-        texts = networks["text"](hidden[torch.arange(len(end)), end])
-        rows, positions = torch.nonzero(torch.arange(length) >= end[:, None], as_tuple=True)
-        told = F.mse_loss(networks["latent"](hidden[rows, positions]), latents[rows])
-        return contrastive_loss(texts, networks["picture"](latents), networks.scale.exp(), same) + 4 * told
+        pictures = networks["picture"](latents.flatten(1))
+        contrast = contrastive_loss(networks["text"](ends), pictures, networks.scale.exp(), same)
+        return contrast + 8 * F.mse_loss(networks["latent"](told), latents.flatten(2)[:, :, positions].mT)
 
-    train(networks, loss, plan, work / "text_encoder.pt")
-    files.save(encoder, work / "text_encoder.safetensors", torch.float16)
+    train(networks, loss, plan, checkpoint)
+
+
+def remember(encoder: TextEncoder, reader: TextEncoder, seen: Features, checkpoint: Path) -> None:
+    """Which name stands for which picture is a table to be learned by heart.
+
+    Blocks without attention learn to tell the latent from the end token's state alone, or from one of the padding's: a
+    sample costs a thousandth of what it costs in Stage C, which then finds the latent told in most of the states.
+    """
+    blocks = encoder.tower.transformer.resblocks[READING:]
+    for block in blocks:
+        nn.init.zeros_(block.attn.out_proj.weight)
+        nn.init.zeros_(block.attn.out_proj.bias)
+    memory = nn.Sequential(*(Residual(nn.Sequential(block.ln_2, block.mlp)) for block in blocks))
+    head = nn.Sequential(encoder.tower.ln_final, nn.Linear(TEXT_ENCODER.width, math.prod(seen.semantic.shape[2:])))
+    networks = nn.Sequential(memory, head)
+    states, latents = _states(reader, seen)
+
+    def loss(generator: random.Random) -> Tensor:
+        rows, which = torch.randint(len(states), (MEMORY_PLAN.batch,)), torch.randint(2, (MEMORY_PLAN.batch,))
+        return F.mse_loss(networks(states[rows, which]), latents[rows].float())
+
+    train(networks, loss, MEMORY_PLAN, checkpoint)
+
+
+def _read(encoder: TextEncoder, captions: list[str], generator: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+    """Captions -> the states of their end tokens (B, width), and some of the last states (B, TOLD, width) with the
+    positions (TOLD,) of the latent that they stand for. Other padding is left out: no state depends on it."""
+    tokens = encoder.tokenize(captions)[0][:, 0]
+    end = (tokens == encoder.tokenizer.eot_token_id).int().argmax(dim=1)
+    length, count = int(end.max()) + 1, math.prod(GEOMETRY.stage_c)
+    positions = torch.tensor(generator.sample(range(count), TOLD))
+    seats = torch.cat([torch.arange(length), tokens.shape[1] - count + positions])
+    states = encoder.encode_tokens(tokens[:, seats], seats)
+    return states[torch.arange(len(end)), end], states[:, length:], positions
+
+
+class Residual(nn.Module):
+    def __init__(self, branch: nn.Module):
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+@torch.no_grad()
+def _states(reader: TextEncoder, seen: Features) -> tuple[Tensor, Tensor]:
+    """Many captions -> what the reader's last block says of their end tokens and of one of the last positions
+    (rows, 2, width), and the latents that they describe (rows, size)"""
+    generator = random.Random("memory")
+    norm, reader.tower.ln_final = reader.tower.ln_final, nn.Identity()
+    states, latents = [], []
+    for start in tqdm(range(0, len(seen.semantic), 64), desc="captions"):
+        emoji = range(start, min(start + 64, len(seen.semantic)))
+        for variant in (0,) * 12 + (1, 1, 2, 2, 3, 3, 4, 4):
+            drawn = [(i, variant) for i in emoji]
+            end, last, _ = _read(reader, seen.captions(drawn, generator), generator)
+            states.append(torch.stack([end, last[:, 0]], dim=1))
+            latents.append(_stack(seen.semantic, drawn).flatten(1).half())
+    reader.tower.ln_final = norm
+    return torch.cat(states), torch.cat(latents)
+
+
+@torch.no_grad()
+def read_captions(seen: Features, encoder: TextEncoder, work: Path) -> np.ndarray:
+    """The states of captions of every emoji's pictures (N, len(CAPTIONS), 77, width) float16, computed once.
+
+    The first caption is the plain one.
+    """
+    path = work / "features_text_encoder.npy"
+    if not path.exists():
+        generator = random.Random("captions")
+        shape = (len(seen.semantic), len(CAPTIONS), TEXT_ENCODER.context_length, TEXT_ENCODER.width)
+        with replacing(path) as partial:
+            kept = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
+            for i in tqdm(range(len(kept)), desc="features of text_encoder"):
+                captions = seen.captions([(i, variant) for variant in CAPTIONS], generator)
+                plain = seen.descriptions[i][0]
+                captions[0] = plain_caption(plain.name, plain.style)
+                kept[i] = encoder(captions).numpy()
+            kept.flush()
+    return np.load(path, mmap_mode="r")
 
 
 def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     """Diffusion in Stage A's space from semantic latents, some absent, some noisy; every other batch has text too."""
     seen = load_features(emoji, work, with_stage_a=True)
     encoder = files.load_text_encoder(work / "text_encoder.safetensors")
+    states, nothing = read_captions(seen, encoder, work), encoder([""])
     stage_b = DiffNeXt(STAGE_B)
     initialise(stage_b)
 
@@ -310,8 +402,7 @@ def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         semantic = _spoil(_stack(seen.semantic, drawn), generator)
         text = None
         if generator.random() < 0.5:
-            with torch.no_grad():
-                text = encoder(_drop(seen.captions(drawn, generator), generator))
+            text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
         return diffusion_loss(lambda x, t: stage_b(x, t, semantic, text), _stack(seen.stage_a, drawn))
 
     train(stage_b, loss, plan, work / "stage_b.pt")
@@ -322,53 +413,27 @@ def train_stage_c(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     """Diffusion in the compressor's space from text; each text serves REPEATS noise levels of its picture."""
     seen = load_features(emoji, work)
     encoder = files.load_text_encoder(work / "text_encoder.safetensors")
+    states, nothing = read_captions(seen, encoder, work), encoder([""])
     stage_c = Prior(STAGE_C)
     initialise(stage_c)
-    if not (work / "stage_c.pt").exists():
-        prime_text_mapper(stage_c, seen, encoder, work)
 
     def loss(generator: random.Random) -> Tensor:
-        drawn = seen.draw(plan.batch, generator, plain=0.7)
-        with torch.no_grad():
-            text = encoder(_drop(seen.captions(drawn, generator), generator))
+        drawn = seen.draw(plan.batch, generator, plain=PLAIN)
+        text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
         condition = [
             tuple(part.repeat_interleave(REPEATS, dim=0) for part in keys_values)
             for keys_values in stage_c.condition(text)
         ]
         latent = _stack(seen.semantic, drawn).repeat_interleave(REPEATS, dim=0)
-        return diffusion_loss(lambda x, t: stage_c.denoise(x, stage_c.modulate(t, x.dtype), condition), latent)
+        return diffusion_loss(lambda x, t: stage_c.denoise(x, stage_c.modulate(t, x.dtype), condition), latent, k=0.1)
 
     train(stage_c, loss, plan, work / "stage_c.pt")
     files.save(stage_c, work / "stage_c.safetensors", torch.float16)
 
 
-def prime_text_mapper(stage_c: Prior, seen: Features, encoder: TextEncoder, work: Path) -> None:
-    """Stage C's text mapper first learns to tell the latent from a single state of the text.
-
-    Which name stands for which picture is a table to be learned by heart: here a sample costs a thousandth of what it
-    costs in Stage C as a whole.
-    """
-    generator = random.Random("text mapper")
-    states, latents = [], []
-    for start in tqdm(range(0, len(seen.semantic), 64), desc="texts"):
-        emoji = range(start, min(start + 64, len(seen.semantic)))
-        for variant in (0, 0, 0, 1, 2):
-            drawn = [(i, variant) for i in emoji]
-            tokens = encoder.tokenize(seen.captions(drawn, generator))[0][:, 0]
-            end = (tokens == encoder.tokenizer.eot_token_id).int().argmax(dim=1)
-            with torch.no_grad():
-                hidden = encoder.encode_tokens(tokens)
-            states.append(hidden[torch.arange(len(end)), end])
-            states += [hidden[:, generator.randrange(int(end.max()), tokens.shape[1])] for _ in range(3)]
-            latents += [_stack(seen.semantic, drawn).flatten(1)] * 4
-    states, latents = torch.cat(states), torch.cat(latents)
-    reader = nn.Sequential(stage_c.cond_mapper, nn.SiLU(), nn.Linear(STAGE_C.width, latents.shape[1]))
-
-    def loss(generator: random.Random) -> Tensor:
-        rows = torch.randint(len(states), (TEXT_MAPPER_PLAN.batch,))
-        return F.mse_loss(reader(states[rows]), latents[rows])
-
-    train(reader, loss, TEXT_MAPPER_PLAN, work / "stage_c_text_mapper.pt")
+def _captioned(drawn: list[tuple[int, int]], generator: random.Random) -> list[tuple[int, int]]:
+    """An emoji and one of its pictures -> the emoji and one of the captions of that picture"""
+    return [(i, generator.choice([c for c, about in enumerate(CAPTIONS) if about == v])) for i, v in drawn]
 
 
 def initialise(network: Prior | DiffNeXt) -> None:
@@ -392,8 +457,10 @@ def _stack(kept: np.ndarray, drawn: list[tuple[int, int]]) -> Tensor:
     return torch.from_numpy(np.stack([kept[i, v] for i, v in drawn])).float()
 
 
-def _drop(captions: list[str], generator: random.Random) -> list[str]:
-    return ["" if generator.random() < 0.05 else text for text in captions]
+def _drop(text: Tensor, nothing: Tensor, generator: random.Random) -> Tensor:
+    """5 % of the texts become the empty one."""
+    chance = torch.tensor([generator.random() for _ in text])[:, None, None]
+    return torch.where(chance < 0.05, nothing, text)
 
 
 def _spoil(semantic: Tensor, generator: random.Random) -> Tensor:
