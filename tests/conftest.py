@@ -128,6 +128,20 @@ def run(nodes):
 
 
 @pytest.fixture
+def models(pack, tmp_path, monkeypatch):
+    """The folder of ComfyUI's model folders, all of them empty."""
+    import folder_paths
+
+    root = tmp_path / "models"
+    for name in ("checkpoints", "clip_vision", "diffusion_models", "text_encoders", "vae", "wuerstchen"):
+        (root / name).mkdir(parents=True)
+        extensions = set() if name == "wuerstchen" else folder_paths.supported_pt_extensions
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(root / name)], extensions))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return root
+
+
+@pytest.fixture
 def emoji(tmp_path):
     """Two styles of three emoji: discs in a colour of their own."""
     folder = tmp_path / "emoji"
