@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import wuerstchen_core as w
-from tests.reference import randomise
+from tests.reference import fill_zeros
 from wuerstchen_core.checkpoints.files import SET
 from wuerstchen_core.models.stage_c import Prior, StageCConfig
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
@@ -60,10 +60,11 @@ def small_files(tiny_folder, tmp_path_factory):
     """The released files' names -> small random networks, the two text encoders of different widths, as they are."""
     folder = tmp_path_factory.mktemp("released")
     torch.manual_seed(1)
-    stage_c = randomise(Prior(StageCConfig(width=32, depth=2, heads=2, text_width=48)))
+    stage_c = Prior(StageCConfig(width=32, depth=2, heads=2, text_width=48))
     stage_c.out[1].weight.data.mul_(0.1)  # clear of the pole of (x - a) / |1 - b|
-    w.save(stage_c.eval(), folder / "stage_c.safetensors")
-    w.save(TextEncoder(TextEncoderConfig(width=48, layers=1, heads=2)).eval(), folder / "bigg.safetensors")
+    w.save(fill_zeros(stage_c), folder / "stage_c.safetensors")
+    bigg = TextEncoder(TextEncoderConfig(width=48, layers=1, heads=2))
+    w.save(fill_zeros(bigg), folder / "bigg.safetensors")
     return {
         "wuerstchen_v2_stage_c.safetensors": folder / "stage_c.safetensors",
         "clip_g.safetensors": folder / "bigg.safetensors",
