@@ -61,7 +61,12 @@ def model_sets() -> dict[str, Path]:
 
 def load_set(name: str) -> dict[str, Model]:
     """The networks of a set, by the names that `files.SET` has for them. Raises WuerstchenError."""
-    paths = files.find_set(model_sets()[name])
+    sets = model_sets()
+    if name not in sets:
+        raise WuerstchenError(
+            f"{name}: there is no whole set of that name in models/{FOLDER}; take {' or '.join(sets)}"
+        )
+    paths = files.find_set(sets[name])
     networks = {
         "text_encoder_c": _text_encoder(paths["text_encoder_c"]),
         **{kind: LOADERS[kind](paths[kind]) for kind in ("stage_a", "stage_b", "stage_c", "semantic_compressor")},

@@ -172,6 +172,14 @@ def test_sets_are_the_mini_and_the_whole_folders_of_every_root(nodes, module, ti
         (models / "a file").unlink()
 
 
+def test_an_unknown_set_is_refused_with_those_there_are(run, models, tiny_folder, monkeypatch):
+    """ComfyUI's list of choices does not hold a workflow to them."""
+    monkeypatch.chdir(tiny_folder.parent)
+    for name in (tiny_folder.name, str(tiny_folder), "../wuerstchen", ""):
+        with pytest.raises(ValueError, match="no whole set of that name in models/wuerstchen; take mini$"):
+            run("WuerstchenLoadModel", model=name)
+
+
 def test_outputs_are_in_the_schemas_order(nodes, loaded, run):
     kinds = {
         "WUERSTCHEN_TEXT_ENCODER": "TextEncoder",
