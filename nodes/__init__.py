@@ -1,6 +1,13 @@
 """The nodes: sockets in, one call of the core, sockets out."""
 
-from .load import WuerstchenLoadModel
+from .load import (
+    WuerstchenLoadModel,
+    WuerstchenLoadSemanticCompressor,
+    WuerstchenLoadStageA,
+    WuerstchenLoadStageB,
+    WuerstchenLoadStageC,
+    WuerstchenLoadTextEncoder,
+)
 from .semantic_compressor import WuerstchenSemanticCompress
 from .stage_a import WuerstchenVQGANDecode, WuerstchenVQGANEncode
 from .stage_b import WuerstchenStageBSampler
@@ -9,6 +16,11 @@ from .text import WuerstchenTextEncode
 
 NODES = [
     WuerstchenLoadModel,
+    WuerstchenLoadTextEncoder,
+    WuerstchenLoadStageC,
+    WuerstchenLoadStageB,
+    WuerstchenLoadStageA,
+    WuerstchenLoadSemanticCompressor,
     WuerstchenTextEncode,
     WuerstchenEmptyLatent,
     WuerstchenSemanticCompress,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import comfy.model_management as management
@@ -17,6 +18,14 @@ from ..wuerstchen_core.checkpoints import files
 from ..wuerstchen_core.pipeline import MINI, Progress
 
 FOLDER = "wuerstchen"
+# Where ComfyUI's users keep what, the likeliest first; the authors' file of Stage B holds the semantic compressor too.
+FOLDERS = {
+    "stage_a": ("vae", "checkpoints", FOLDER),
+    "stage_b": ("diffusion_models", "checkpoints", FOLDER),
+    "stage_c": ("diffusion_models", "checkpoints", FOLDER),
+    "text_encoder": ("text_encoders", "checkpoints", FOLDER),
+    "semantic_compressor": ("clip_vision", "diffusion_models", "checkpoints", FOLDER),
+}
 DIFFUSION_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
@@ -52,17 +61,60 @@ def model_sets() -> dict[str, Path]:
 
 def load_set(name: str) -> dict[str, Model]:
     """The networks of a set, by the names that `files.SET` has for them. Raises WuerstchenError."""
-    paths = files.find_set(model_sets()[name])
+    sets = model_sets()
+    if name not in sets:
+        raise WuerstchenError(
+            f"{name}: there is no whole set of that name in models/{FOLDER}; take {' or '.join(sets)}"
+        )
+    paths = files.find_set(sets[name])
     networks = {
-        "stage_a": _stage_a(paths["stage_a"]),
-        "stage_b": _diffusion(files.load_stage_b, paths["stage_b"]),
-        "stage_c": _diffusion(files.load_stage_c, paths["stage_c"]),
         "text_encoder_c": _text_encoder(paths["text_encoder_c"]),
-        "semantic_compressor": _semantic_compressor(paths["semantic_compressor"]),
+        **{kind: LOADERS[kind](paths[kind]) for kind in ("stage_a", "stage_b", "stage_c", "semantic_compressor")},
     }
     shared = paths["text_encoder_b"] == paths["text_encoder_c"]
     networks["text_encoder_b"] = networks["text_encoder_c"] if shared else _text_encoder(paths["text_encoder_b"])
     return networks
+
+
+def weight_files(kind: str) -> dict[str, Path]:
+    """Name -> file of everything that ComfyUI lists in the folders of a kind of network.
+
+    The names are those that ComfyUI's own loaders show. Of several files of one name, all but the first have their
+    folder behind it: `model.safetensors [checkpoints]`, or `[checkpoints 2]` in the second of that folder's places.
+    """
+    found: dict[str, dict[str, Path]] = {}  # name -> folder -> file
+    for folder in FOLDERS[kind]:
+        names = folder_paths.get_filename_list(folder)
+        for name in folder_paths.filter_files_extensions(names, folder_paths.supported_pt_extensions):
+            others = found.setdefault(name, {})
+            for place, root in enumerate(folder_paths.get_folder_paths(folder), start=1):
+                path = Path(root, name)
+                if path.is_file() and not any(path.samefile(other) for other in others.values()):
+                    others[folder if place == 1 else f"{folder} {place}"] = path
+    return {
+        f"{name} [{folder}]" if i else name: path
+        for name, others in found.items()
+        for i, (folder, path) in enumerate(others.items())
+    }
+
+
+def load_network(kind: str, name: str) -> Model:
+    """The network in a file, by the name that `weight_files` has for it; nothing else is a way to a file.
+
+    Raises WuerstchenError for a name that is not listed, and as the core's loaders do.
+    """
+    listed = weight_files(kind)
+    if name not in listed:
+        raise WuerstchenError(
+            f"{name}: there is no such file in {places(kind)}: put it into one of them and press R, or choose another"
+        )
+    return LOADERS[kind](listed[name])
+
+
+def places(kind: str) -> str:
+    """The folders of a kind of network, for people."""
+    *others, last = (f"models/{folder}" for folder in FOLDERS[kind])
+    return f"{', '.join(others)} or {last}"
 
 
 def progress(steps: int) -> Progress:
@@ -108,3 +160,12 @@ def _semantic_compressor(path: Path) -> Model:
     device, offload = management.text_encoder_device(), management.text_encoder_offload_device()
     network = files.load_semantic_compressor(path, offload)
     return Model(network, ModelPatcher(network, device, offload), torch.float32)
+
+
+LOADERS: dict[str, Callable[[Path], Model]] = {
+    "stage_a": _stage_a,
+    "stage_b": partial(_diffusion, files.load_stage_b),
+    "stage_c": partial(_diffusion, files.load_stage_c),
+    "text_encoder": _text_encoder,
+    "semantic_compressor": _semantic_compressor,
+}

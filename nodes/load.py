@@ -10,7 +10,8 @@ class WuerstchenLoadModel(io.ComfyNode):
             node_id="WuerstchenLoadModel",
             display_name="Würstchen Load Model",
             category=sockets.CATEGORY,
-            description="Loads a whole set of Würstchen networks.",
+            description="Loads a whole set of Würstchen networks: the mini, or a folder of models/wuerstchen. The "
+            "published weights are single files: each network has a loader for those.",
             inputs=[
                 io.Combo.Input(
                     "model",
@@ -51,3 +52,104 @@ class WuerstchenLoadModel(io.ComfyNode):
             networks["stage_a"],
             networks["semantic_compressor"],
         )
+
+
+def _schema(kind: str, node_id: str, name: str, description: str, output: io.Output) -> io.Schema:
+    """A loader of one network from one file."""
+    tooltip = f"A file of {host.places(kind)}. The published layouts are recognised from what is in the file."
+    return io.Schema(
+        node_id=node_id,
+        display_name=f"Würstchen Load {name}",
+        category=sockets.CATEGORY,
+        description=description,
+        inputs=[io.Combo.Input("file", options=list(host.weight_files(kind)), tooltip=tooltip)],
+        outputs=[output],
+    )
+
+
+class WuerstchenLoadStageA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            "stage_a",
+            "WuerstchenLoadStageA",
+            "Stage A",
+            "Loads Stage A, the VQGAN. v1, v2 and Stable Cascade have the same one.",
+            sockets.StageA.Output(
+                display_name="Stage A", tooltip="For Würstchen VQGAN Decode and Würstchen VQGAN Encode."
+            ),
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(host.load_network("stage_a", file))
+
+
+class WuerstchenLoadStageB(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            "stage_b",
+            "WuerstchenLoadStageB",
+            "Stage B",
+            "Loads Stage B, which adds the detail. Its text encoder is CLIP H.",
+            sockets.StageB.Output(display_name="Stage B", tooltip="For Würstchen Stage B Sampler."),
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(host.load_network("stage_b", file))
+
+
+class WuerstchenLoadStageC(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            "stage_c",
+            "WuerstchenLoadStageC",
+            "Stage C",
+            "Loads Stage C, which draws the content. Its text encoder is CLIP bigG in v2, CLIP H in v1.",
+            sockets.StageC.Output(display_name="Stage C", tooltip="For Würstchen Stage C Sampler."),
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(host.load_network("stage_c", file))
+
+
+class WuerstchenLoadTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            "text_encoder",
+            "WuerstchenLoadTextEncoder",
+            "Text Encoder",
+            "Loads the text tower of a CLIP. v2's Stage C was trained with CLIP bigG (width 1280; SDXL's "
+            "clip_g.safetensors is one), Stage B and v1's Stage C with CLIP H (width 1024): use this node twice.",
+            sockets.TextEncoder.Output(
+                display_name="text encoder",
+                tooltip="For Würstchen Text Encode: bigG for the prompts of v2's Stage C, H for those of Stage B.",
+            ),
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(host.load_network("text_encoder", file))
+
+
+class WuerstchenLoadSemanticCompressor(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            "semantic_compressor",
+            "WuerstchenLoadSemanticCompressor",
+            "Semantic Compressor",
+            "Loads the semantic compressor. Of v2 it is in the authors' file of Stage B, model_v2_stage_b.pt.",
+            sockets.SemanticCompressor.Output(
+                display_name="semantic compressor", tooltip="For Würstchen Semantic Compress."
+            ),
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(host.load_network("semantic_compressor", file))

@@ -16,7 +16,9 @@ class WuerstchenSemanticCompress(io.ComfyNode):
             description="Picture to the small latent that Stage C makes from text, 42.67 : 1 a side. Stage B draws the "
             "picture anew from it, Stage C changes it.",
             inputs=[
-                sockets.SemanticCompressor.Input("semantic_compressor", tooltip="From Würstchen Load Model."),
+                sockets.SemanticCompressor.Input(
+                    "semantic_compressor", tooltip="From Würstchen Load Semantic Compressor or Würstchen Load Model."
+                ),
                 io.Image.Input(
                     "image", tooltip="Of any size: it is scaled to cover width x height, and its middle is used."
                 ),

@@ -19,7 +19,7 @@ class WuerstchenVQGANDecode(io.ComfyNode):
             category=sockets.CATEGORY,
             description="Stage A: latent to picture.",
             inputs=[
-                sockets.StageA.Input("stage_a", tooltip="From Würstchen Load Model."),
+                sockets.StageA.Input("stage_a", tooltip="From Würstchen Load Stage A or Würstchen Load Model."),
                 io.Latent.Input("latent", tooltip="From Würstchen Stage B Sampler or Würstchen VQGAN Encode."),
             ],
             outputs=[io.Image.Output(tooltip="The pictures.")],
@@ -48,7 +48,7 @@ class WuerstchenVQGANEncode(io.ComfyNode):
             category=sockets.CATEGORY,
             description="Stage A: picture to latent, 4 : 1 a side.",
             inputs=[
-                sockets.StageA.Input("stage_a", tooltip="From Würstchen Load Model."),
+                sockets.StageA.Input("stage_a", tooltip="From Würstchen Load Stage A or Würstchen Load Model."),
                 io.Image.Input("image", tooltip="Its sides are cut to multiples of 8."),
             ],
             outputs=[io.Latent.Output(tooltip="In Stage A's space, for Würstchen VQGAN Decode.")],

@@ -13,7 +13,7 @@ class WuerstchenStageBSampler(io.ComfyNode):
             category=sockets.CATEGORY,
             description="Adds the detail: from Stage C's small latent to one of Stage A, the size of the picture / 4.",
             inputs=[
-                sockets.StageB.Input("stage_b", tooltip="From Würstchen Load Model."),
+                sockets.StageB.Input("stage_b", tooltip="From Würstchen Load Stage B or Würstchen Load Model."),
                 io.Latent.Input(
                     "latent",
                     tooltip="From Würstchen Stage C Sampler, or from Würstchen Semantic Compress to vary a picture.",

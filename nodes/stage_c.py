@@ -41,7 +41,7 @@ class WuerstchenStageCSampler(io.ComfyNode):
             category=sockets.CATEGORY,
             description="Draws the content: text to a small latent, from noise or from a picture's latent.",
             inputs=[
-                sockets.StageC.Input("stage_c", tooltip="From Würstchen Load Model."),
+                sockets.StageC.Input("stage_c", tooltip="From Würstchen Load Stage C or Würstchen Load Model."),
                 io.Conditioning.Input(
                     "positive",
                     tooltip="What is to be seen, by the text encoder of Stage C. Areas and time ranges are not read.",

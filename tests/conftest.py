@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import wuerstchen_core as w
+from tests.reference import fill_zeros
 from wuerstchen_core.checkpoints.files import SET
 from wuerstchen_core.models.latent_space import LatentSpace
 from wuerstchen_core.models.semantic_compressor import BackboneStage, SemanticCompressor, SemanticCompressorConfig
@@ -59,10 +60,7 @@ def tiny_folder(tmp_path_factory):
     networks["stage_c"].out[1].weight.data.mul_(0.1)  # clear of the pole of (x - a) / |1 - b|
     folder = tmp_path_factory.mktemp("tiny")
     for role, network in networks.items():
-        for parameter in network.parameters():
-            if not parameter.any():
-                parameter.data.normal_(std=0.1)  # what starts at zero would hide what depends on it
-        w.save(network.eval(), folder / SET[role])
+        w.save(fill_zeros(network), folder / SET[role])
     return folder
 
 
@@ -125,6 +123,20 @@ def run(nodes):
         return results[0] if len(results) == 1 else results
 
     return run
+
+
+@pytest.fixture
+def models(pack, tmp_path, monkeypatch):
+    """The folder of ComfyUI's model folders, all of them empty."""
+    import folder_paths
+
+    root = tmp_path / "models"
+    for name in ("checkpoints", "clip_vision", "diffusion_models", "text_encoders", "vae", "wuerstchen"):
+        (root / name).mkdir(parents=True)
+        extensions = set() if name == "wuerstchen" else folder_paths.supported_pt_extensions
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(root / name)], extensions))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return root
 
 
 @pytest.fixture

@@ -23,3 +23,11 @@ def randomise(network):
         if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             module.weight.data.uniform_(0.5, 1.5)
     return network.eval().requires_grad_(False)
+
+
+def fill_zeros(network):
+    """As initialised, but for what starts at zero, which would hide what depends on it."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.1)
+    return network.eval()

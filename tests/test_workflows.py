@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +10,14 @@ import pytest
 import torch
 
 import wuerstchen_core as w
+from tests.reference import fill_zeros
+from wuerstchen_core.checkpoints.files import SET
+from wuerstchen_core.models.stage_c import Prior, StageCConfig
+from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
 
 FOLDER = Path(__file__).parents[1] / "workflows"
-NAMES = ("text_to_image", "image_to_image", "image_variation", "mix_two_pictures")
+RELEASED = "text_to_image_v2"  # it takes the released weights, the others the mini
+NAMES = ("text_to_image", "image_to_image", "image_variation", "mix_two_pictures", RELEASED)
 WIDGETS = ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN")
 NOTE = "MarkdownNote"
 
@@ -50,7 +56,34 @@ COMFYUI = {
 
 
 @pytest.fixture(scope="module")
-def catalogue(nodes):
+def small_files(tiny_folder, tmp_path_factory):
+    """The released files' names -> small random networks, the two text encoders of different widths, as they are."""
+    folder = tmp_path_factory.mktemp("released")
+    torch.manual_seed(1)
+    stage_c = Prior(StageCConfig(width=32, depth=2, heads=2, text_width=48))
+    stage_c.out[1].weight.data.mul_(0.1)  # clear of the pole of (x - a) / |1 - b|
+    w.save(fill_zeros(stage_c), folder / "stage_c.safetensors")
+    bigg = TextEncoder(TextEncoderConfig(width=48, layers=1, heads=2))
+    w.save(fill_zeros(bigg), folder / "bigg.safetensors")
+    return {
+        "wuerstchen_v2_stage_c.safetensors": folder / "stage_c.safetensors",
+        "clip_g.safetensors": folder / "bigg.safetensors",
+        "wuerstchen_v2_stage_b.safetensors": tiny_folder / SET["stage_b"],
+        "wuerstchen_clip_h.safetensors": tiny_folder / SET["text_encoder_c"],
+        "wuerstchen_stage_a.safetensors": tiny_folder / SET["stage_a"],
+    }
+
+
+@pytest.fixture
+def released(models, small_files):
+    """The model folders as they are once every file that a graph asks for has been put where it says."""
+    for model in wanted(read(RELEASED)):
+        (models / model["directory"] / model["name"]).symlink_to(small_files[model["name"]])
+    return small_files
+
+
+@pytest.fixture
+def catalogue(nodes, released):
     """Node type -> what the graphs may ask of it."""
     ours = {}
     for node_id, node in nodes.items():
@@ -78,13 +111,19 @@ def read(name, folder=FOLDER):
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def wanted(graph):
+    """What ComfyUI offers to download where it is missing."""
+    return [model for node in graph["nodes"] for model in node["properties"].get("models", [])]
+
+
 @pytest.fixture(params=NAMES)
 def name(request):
     return request.param
 
 
-def test_the_folder_holds_the_four_graphs_in_both_formats_with_thumbnails():
-    files = {f"{name}{suffix}" for name in NAMES for suffix in (".json", ".jpg")}
+def test_the_folder_holds_the_graphs_in_both_formats_and_the_minis_with_thumbnails():
+    """A thumbnail is a picture that its graph drew; the released weights have not drawn one here."""
+    files = {f"{name}.json" for name in NAMES} | {f"{name}.jpg" for name in NAMES if name != RELEASED}
     assert {path.name for path in FOLDER.iterdir()} == files | {"api"}
     assert {path.name for path in (FOLDER / "api").iterdir()} == {f"{name}.json" for name in NAMES}
 
@@ -194,6 +233,39 @@ def test_both_formats_are_the_same_graph(name, catalogue):
     assert read(name, FOLDER / "api") == converted
 
 
+# Which file goes where
+
+
+def test_every_file_of_the_released_graph_can_be_offered(catalogue):
+    """By what ComfyUI's page asks of it: from an allowed host, of an allowed suffix, the one that its node has picked.
+
+    That it is listed by the node once it lies in its directory, the combos of the schemas above show.
+    """
+    graph, files = read(RELEASED), set()
+    for node in graph["nodes"]:
+        if not node["type"].startswith("WuerstchenLoad"):
+            assert not node.get("properties", {}).get("models")
+            continue
+        (model,) = node["properties"]["models"]
+        assert model.keys() == {"name", "url", "directory"}
+        assert node["widgets_values"] == [model["name"]] and model["name"].endswith(".safetensors")
+        assert "/" not in model["name"]
+        assert re.fullmatch(r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/[\w./-]+\.safetensors", model["url"])
+        files.add(model["name"])
+    assert len(files) == 5  # two of one name would be one file
+
+
+def test_the_note_names_every_file_its_folder_and_its_source():
+    graph = read(RELEASED)
+    (note,) = (node["widgets_values"][0] for node in graph["nodes"] if node["type"] == NOTE)
+    for model in wanted(graph):
+        repository, path = re.fullmatch(
+            r"(https://huggingface\.co/[^/]+/[^/]+)/resolve/main/(.+)", model["url"]
+        ).groups()
+        (line,) = (line for line in note.splitlines() if f"`{model['directory']}/{model['name']}`" in line)
+        assert f"({repository})" in line and f"`{path}`" in line
+
+
 # Execution
 
 
@@ -240,22 +312,29 @@ def tiny_as_mini(module, tiny_folder, monkeypatch):
     monkeypatch.setattr(module("nodes.host"), "MINI", tiny_folder)
 
 
-def test_every_graph_makes_a_picture(name, execute, tiny_as_mini):
-    image = execute(read(name, FOLDER / "api"))
-    assert image.shape == (1, 256, 256, 3)
-    assert image.isfinite().all() and image.std() > 0
-
-
-def with_steps(graph, steps):
+def smaller(graph, steps, size=256):
+    """The graph with few steps, and a small picture."""
+    values = {"steps": steps, "width": size, "height": size}
     return {
-        node_id: {**node, "inputs": {**node["inputs"], **({"steps": steps} if "steps" in node["inputs"] else {})}}
+        node_id: {**node, "inputs": {given: values.get(given, value) for given, value in node["inputs"].items()}}
         for node_id, node in graph.items()
     }
 
 
-def test_every_setting_of_a_graph_matters(name, execute, tiny_as_mini):
+def test_every_graph_makes_a_picture(name, execute, tiny_as_mini, released):
+    graph = read(name, FOLDER / "api")
+    ((width, height),) = {
+        (node["inputs"]["width"], node["inputs"]["height"]) for node in graph.values() if "width" in node["inputs"]
+    }
+    assert (width, height) == ((1024, 1024) if name == RELEASED else (256, 256))
+    image = execute(graph)
+    assert image.shape == (1, height, width, 3)
+    assert image.isfinite().all() and image.std() > 0
+
+
+def test_every_setting_of_a_graph_matters(name, execute, tiny_as_mini, released):
     """A seed that nothing depends on, or a prompt that reaches no sampler, is a graph wired wrongly."""
-    graph = with_steps(read(name, FOLDER / "api"), 2)
+    graph = smaller(read(name, FOLDER / "api"), 2)
     image = execute(graph)
     others = {"seed": 77, "text": "a dog", "value": "a dog", "blend_factor": 0.9, "denoise": 0.3}
     for node_id, node in graph.items():
@@ -274,8 +353,38 @@ def test_text_to_image_is_what_the_core_generates(execute, tiny_as_mini, tiny):
 
 
 def test_the_mini_makes_a_picture_of_the_first_graph(execute):
-    graph = with_steps(read("text_to_image", FOLDER / "api"), 2)
+    graph = smaller(read("text_to_image", FOLDER / "api"), 2)
     mini = w.Wuerstchen.mini()
     (prompt,) = (node["inputs"]["value"] for node in graph.values() if node["class_type"] == "PrimitiveStringMultiline")
     expected = mini.generate(prompt, seed=1, steps_c=2, steps_b=2)
     torch.testing.assert_close(execute(graph), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_released_graph_is_what_the_core_generates(execute, released):
+    graph = smaller(read(RELEASED, FOLDER / "api"), 5)
+    paths = {
+        "stage_a": "wuerstchen_stage_a.safetensors",
+        "stage_b": "wuerstchen_v2_stage_b.safetensors",
+        "stage_c": "wuerstchen_v2_stage_c.safetensors",
+        "text_encoder_c": "clip_g.safetensors",
+        "text_encoder_b": "wuerstchen_clip_h.safetensors",
+    }
+    networks = {role: released[name] for role, name in paths.items()}
+    (prompt,) = (node["inputs"]["value"] for node in graph.values() if node["class_type"] == "PrimitiveStringMultiline")
+    pipe = w.Wuerstchen.from_files(**networks, semantic_compressor=w.pipeline.MINI / SET["semantic_compressor"])
+    expected = pipe.generate(prompt, seed=1, steps_c=5, steps_b=5, cfg_c=4.0, schedule="uneven")
+    torch.testing.assert_close(execute(graph), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_released_graph_samples_as_the_authors_do():
+    """Stage C at the 29 steps between the 30 released times with guidance 4, Stage B in 12 without."""
+    settings = {node["class_type"]: node["inputs"] for node in read(RELEASED, FOLDER / "api").values()}
+    stage_c, stage_b = settings["WuerstchenStageCSampler"], settings["WuerstchenStageBSampler"]
+    assert [stage_c[given] for given in ("steps", "cfg", "sampler", "schedule", "denoise")] == [
+        29,
+        4,
+        "ddpm",
+        "uneven",
+        1,
+    ]
+    assert [stage_b[given] for given in ("steps", "cfg", "sampler")] == [12, 1, "ddpm"]
