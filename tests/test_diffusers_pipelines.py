@@ -140,7 +140,7 @@ def test_pictures_are_diffusers(
     assert pictures.shape == expected.shape == (batch, height, width, 3)
     inside = ((expected > 0) & (expected < 1)).float().mean()
     assert inside > 0.9 and expected.std() > 0.05  # pictures, not white or black
-    assert psnr(pictures, expected) >= 60
+    assert psnr(pictures, expected) >= 100  # not 60: these networks react to a mistake less than trained ones
 
 
 def test_another_text_is_another_picture(ours):
