@@ -1,7 +1,14 @@
 """What the comparisons with independent implementations share."""
 
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
+from transformers import CLIPTokenizer
 
 
 def distance(ours, theirs):
@@ -31,3 +38,16 @@ def fill_zeros(network):
         if not parameter.any():
             parameter.data.normal_(std=0.1)
     return network.eval()
+
+
+@cache
+def clip_tokenizer():
+    """transformers' tokenizer of CLIP, from the vocabulary that open_clip carries."""
+    vocabulary = SimpleTokenizer()
+    marks = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    tokens = {marks.get(token, token): number for token, number in vocabulary.encoder.items()}
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in vocabulary.bpe_ranks)]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.json").write_text(json.dumps(tokens), encoding="utf-8")
+        (Path(folder) / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=77, pad_token="<|endoftext|>")

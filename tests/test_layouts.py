@@ -5,8 +5,6 @@ another order; a wrong number of heads; the semantic latent's columns taken for 
 instead of the EMA; the vision tower instead of the text tower; a network built smaller than its file.
 """
 
-import ctypes
-import gc
 import os
 import pickle
 import re
@@ -19,12 +17,14 @@ from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenD
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_common import AttnBlock
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import efficientnet_v2_l, efficientnet_v2_s
 from torchvision.transforms.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import wuerstchen_core as w
 from tests.reference import distance, randomise
+from wuerstchen_core.benchmark import peak_growth
 from wuerstchen_core.checkpoints import files
 from wuerstchen_core.checkpoints.archive import Archive, open_archive
 from wuerstchen_core.checkpoints.convert import sources
@@ -447,20 +447,6 @@ def test_a_batch_norms_counter_may_be_missing(tmp_path):
     w.load_stage_a(tmp_path / "again.safetensors")
 
 
-def peak_growth(work):
-    """Bytes by which resident memory grew at most while `work` ran, and what it returned."""
-
-    def status(field):
-        return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what is taken
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    result = work()
-    return status("VmHWM") - before, result
-
-
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak of resident memory")
 @pytest.mark.parametrize(
     "kind, suffix",
@@ -483,6 +469,32 @@ def test_loading_takes_the_memory_of_the_file(tmp_path, kind, suffix):
     grown, network = peak_growth(lambda: LOADERS[kind](path))
     assert grown < 1.15 * path.stat().st_size
     del network
+
+
+class Written(TorchDispatchMode):
+    """Collects what is filled in place outside of the meta device, as initialisation does; `set_` is a file's view."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        name = operation.overloadpacket.__name__
+        if name.endswith("_") and name != "set_" and isinstance(result, torch.Tensor) and result.device.type != "meta":
+            self.operations.append(name)
+        return result
+
+
+def test_nothing_is_initialised_that_is_then_overwritten(layout, tmp_path):
+    kind, theirs, wrap = layout
+    path = write(wrap(theirs.state_dict()), tmp_path / "weights.safetensors")
+    with Written() as written:
+        LOADERS[kind](path)
+    assert written.operations == []
+    with Written() as written:
+        nn.Linear(2, 2)
+    assert "uniform_" in written.operations  # as it would have been
 
 
 PROBES = {

@@ -1,13 +1,16 @@
 """Every network against an independent implementation with the same weights."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
+from torch import nn
 from torchvision.models import efficientnet_v2_s
 from torchvision.transforms.functional import normalize
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tests.reference import distance, randomise
+from tests.reference import clip_tokenizer, distance, randomise
 from wuerstchen_core.models.semantic_compressor import SemanticCompressor
 from wuerstchen_core.models.stage_a import VQGAN, StageAConfig
 from wuerstchen_core.models.stage_b import DiffNeXt, StageBConfig
@@ -24,7 +27,8 @@ STAGE_B = StageBConfig(
 @pytest.fixture(scope="module")
 def stage_c():
     ours = randomise(Prior(StageCConfig(width=128, depth=3, heads=2, text_width=40)))
-    ours.out[1].weight.mul_(0.1)  # keeps b clear of 1, where the noise (x - a) / |1 - b| has a pole
+    for parameter in ours.out.parameters():
+        parameter.mul_(0.1)  # keeps b clear of 1, where the noise (x - a) / |1 - b| has a pole
     theirs = WuerstchenPrior(c_in=16, c=128, c_cond=40, c_r=64, depth=3, nhead=2).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
@@ -80,13 +84,19 @@ def test_one_time_for_the_batch_is_that_time_for_each(stage_b, stage_c):
     assert distance(once, c(semantic, torch.full((3,), 0.3), text)) < TOLERANCE
 
 
-@torch.no_grad()
-def test_stage_a_is_diffusers():
+@pytest.fixture(scope="module")
+def stage_a():
     ours = randomise(VQGAN(StageAConfig(widths=(24, 48), bottleneck_blocks=3, codebook_size=64)))
     theirs = PaellaVQModel(embed_dim=48, bottleneck_blocks=3, num_vq_embeddings=64).eval()
     weights = ours.state_dict()
     weights["vquantizer.embedding.weight"] = weights.pop("vquantizer.codebook.weight")
     theirs.load_state_dict(weights)
+    return ours, theirs
+
+
+@torch.no_grad()
+def test_stage_a_is_diffusers(stage_a):
+    ours, theirs = stage_a
     image = torch.rand(2, 3, 64, 32)
     latent = ours.encode(image)
     assert latent.shape == (2, 4, 16, 8)
@@ -98,16 +108,31 @@ def test_stage_a_is_diffusers():
     assert distance(quantized * 0.3764, expected) < TOLERANCE
 
 
+class Compressor(nn.Module):
+    """torchvision's network behind its usual preparation of a picture, and the mapper."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = efficientnet_v2_s().features
+        self.mapper = nn.Sequential(nn.Conv2d(1280, 16, 1, bias=False), nn.BatchNorm2d(16))
+
+    def forward(self, image):
+        return self.mapper(self.backbone(normalize(image, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])))
+
+
+@pytest.fixture(scope="module")
+def compressor():
+    ours, theirs = randomise(SemanticCompressor()), Compressor().eval()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
 @torch.no_grad()
-def test_semantic_compressor_is_torchvision():
-    ours = randomise(SemanticCompressor())
-    theirs = efficientnet_v2_s().features.eval()
-    theirs.load_state_dict(ours.backbone.state_dict())
+def test_semantic_compressor_is_torchvision(compressor):
+    ours, theirs = compressor
     image = torch.rand(1, 3, 96, 64)
-    features = theirs(normalize(image, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]))
-    expected = ours.mapper(features)
     assert ours(image).shape == (1, 16, 3, 2)
-    assert distance(ours(image), expected) < TOLERANCE
+    assert distance(ours(image), theirs(image)) < TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +186,101 @@ def test_text_encoder_is_transformers(text_encoder, words):
         assert distance(encoded[:, 77 * chunk : 77 * (chunk + 1)], expected) < TOLERANCE
 
 
-def test_tokens_are_padded_with_the_end_token(text_encoder):
-    tokens, weights = text_encoder[0].tokenize(["a cat"])
-    assert tokens.tolist() == [[[49406, 320, 2368] + [49407] * 74]]
+@pytest.fixture(scope="module")
+def runs(stage_a, stage_b, stage_c, compressor, text_encoder):
+    """Name -> our network, the other one, and how to run either in a precision."""
+    draw = torch.Generator().manual_seed(1)
+    image, picture = torch.rand(1, 3, 64, 32, generator=draw), torch.rand(1, 3, 96, 64, generator=draw)
+    latent, semantic = torch.randn(2, 4, 32, 32, generator=draw), torch.randn(2, 16, 6, 6, generator=draw)
+    text, t = torch.randn(2, 77, 40, generator=draw), torch.tensor([0.9, 0.4])
+    tokens = torch.tensor([[49406, *range(1000, 1040), 49407] + [49407] * 35])
+
+    def hidden_states(network, dtype):
+        if isinstance(network, TextEncoder):
+            return network.encode_tokens(tokens)
+        mask = torch.arange(77)[None] < 42
+        return network(input_ids=tokens, attention_mask=mask).last_hidden_state
+
+    def encoded(network, dtype):
+        latent = network.encode(image.to(dtype))
+        return getattr(latent, "latents", latent)
+
+    def decoded(network, dtype):
+        picture = network.decode(latent.to(dtype))
+        return getattr(picture, "sample", picture)
+
+    return {
+        "stage_a, encoding": (*stage_a, encoded),
+        "stage_a, decoding": (*stage_a, decoded),
+        "stage_b": (*stage_b, lambda net, to: net(latent.to(to), t, semantic.to(to), text.to(to))),
+        "stage_c": (*stage_c, lambda net, to: net(semantic.to(to), t, text.to(to))),
+        "semantic_compressor": (*compressor, lambda net, to: net(picture.to(to))),
+        "text_encoder": (*text_encoder, hidden_states),
+    }
+
+
+def halved(network, dtype):
+    """diffusers would round the time too, which the embedding multiplies by 10000; ours keeps it in float32."""
+    network = deepcopy(network).to(dtype)
+    if hasattr(network, "gen_r_embedding"):
+        embed = network.gen_r_embedding
+        network.gen_r_embedding = lambda t: embed(t).to(dtype)
+    return network
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["stage_a, encoding", "stage_a, decoding", "stage_b", "stage_c", "semantic_compressor", "text_encoder"]
+)
+@torch.no_grad()
+def test_half_precision_is_as_near_as_the_other_implementations(runs, name, dtype):
+    """A few roundings away from float32: eps is 2^-7 in bfloat16, 2^-10 in float16."""
+    ours, theirs, run = runs[name]
+    half, other = (run(halved(network, dtype), dtype) for network in (ours, theirs))
+    error, others = distance(half, run(ours, torch.float32)), distance(other, run(theirs, torch.float32))
+    assert half.dtype == dtype and half.isfinite().all()
+    assert error < min(4 * torch.finfo(dtype).eps, 1.3 * others)
+
+
+WORDS = "a lighthouse painted in oils by the sea ; at night , gulls are screaming at wurstchen 猫 🍕 café".split()
+
+
+@pytest.mark.parametrize("words", [0, 1, 2, 10, 30, 60, 100, 150, 200])
+@torch.no_grad()
+def test_hidden_states_are_transformers(text_encoder, words):
+    """From transformers' own tokens; what is longer than a chunk goes on in the next one from word to word."""
+    ours, theirs = text_encoder
+    text = (WORDS * 10)[:words]
+    chunks, tokenize = [[]], clip_tokenizer()
+    for word in text:
+        if len(tokenize(" ".join([*chunks[-1], word])).input_ids) > 77:
+            chunks.append([])
+        chunks[-1].append(word)
+    padded = tokenize([" ".join(chunk) for chunk in chunks], padding="max_length", return_tensors="pt")
+    assert padded.input_ids.shape == (len(chunks), 77) and (words < 75 or len(chunks) > 1)
+    expected = theirs(**padded).last_hidden_state
+    assert distance(ours([" ".join(text)]), expected.flatten(0, 1)[None]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a cat",
+        "",
+        " two\n\tlines ",
+        "A CAT's 3.14 café, naïve!?",
+        "猫在屋顶上",
+        "🍕👩‍👩‍👧‍👦 :) ;-) #$%^",
+        "नमस्ते",
+        "x\u200by",
+    ],
+)
+def test_tokens_are_transformers(text_encoder, prompt):
+    """Padded with the end token. open_clip's reading also mends web text: ’ becomes ', &amp; becomes &."""
+    tokens, weights = text_encoder[0].tokenize([prompt])
+    assert tokens[0].tolist() == clip_tokenizer()([prompt], padding="max_length").input_ids
     assert weights.tolist() == [[[1.0] * 77]]
+    assert tokens[0, 0, 0] == 49406 and tokens[0, 0, -1] == 49407
 
 
 @torch.no_grad()

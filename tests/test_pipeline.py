@@ -1,5 +1,7 @@
 """The stages put together, on a set of random networks."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,11 +17,20 @@ def text_of(tiny, prompt="a cat"):
     return tiny.text_encoder_c([prompt])
 
 
-@pytest.mark.parametrize("width, height", [(256, 256), (320, 264), (72, 648)])
-def test_pictures_have_the_size_that_was_asked_for(tiny, width, height):
-    pictures = tiny.generate("a cat", width=width, height=height, **FEW)
+@pytest.mark.parametrize("start", [{}, {"denoise": 0.5}, {"denoise": 0.0}], ids=["text", "image", "variation"])
+@pytest.mark.parametrize("width, height", [(256, 256), (320, 264), (72, 648), (1288, 256), (256, 1032)])
+def test_pictures_have_the_size_that_was_asked_for(tiny, start, width, height):
+    """Whatever the size of the picture that they start from."""
+    image = {"image": torch.rand(200, 333, 3)} if start else {}
+    pictures = tiny.generate("a cat", width=width, height=height, **image, **start, **FEW)
     assert pictures.shape == (1, height, width, 3)
     assert pictures.min() >= 0 and pictures.max() <= 1 and pictures.std() > 0
+
+
+@pytest.mark.parametrize("width, height", [(4096, 256), (264, 4088)])
+def test_the_longest_pictures(tiny, width, height):
+    pictures = tiny.generate("a cat", width=width, height=height, steps_c=1, cfg_c=1.0, steps_b=1)
+    assert pictures.shape == (1, height, width, 3) and pictures.std() > 0
 
 
 def test_the_seed_and_the_prompt_decide(tiny):
@@ -179,6 +190,51 @@ def test_bad_options_are_named(tiny, options, word):
         tiny.generate("a cat", **{**FEW, **options})
 
 
-@pytest.mark.parametrize("prompt", ["", "猫", "🍕", "\x00\x1b", "word " * 300])
+def run_stage(tiny, stage, network, dtype):
+    latent, semantic = torch.ones(1, 4, 32, 32), torch.ones(1, 16, 3, 3)
+    text, image, geometry = text_of(tiny), torch.rand(1, 128, 128, 3), Geometry(128, 128)
+    return {
+        "stage_c": lambda: pipeline.sample_stage_c(network, semantic, text, cfg=1.0, steps=2, dtype=dtype),
+        "stage_b": lambda: pipeline.sample_stage_b(network, semantic, geometry, text, steps=2, dtype=dtype),
+        "stage_a, decoding": lambda: pipeline.decode(network, latent, geometry, dtype),
+        "stage_a, encoding": lambda: pipeline.encode(network, image, dtype),
+        "semantic_compressor": lambda: pipeline.compress(network, image, dtype),
+    }[stage]()
+
+
+@pytest.mark.parametrize(
+    "stage, layer, named",
+    [
+        ("stage_c", "projection", "Stage C"),
+        ("stage_b", "embedding.1", "Stage B"),
+        ("stage_a, decoding", "up_blocks.0.0", "Stage A"),
+        ("stage_a, encoding", "in_block.1", "Stage A"),
+        ("semantic_compressor", "backbone.0.0", "the semantic compressor"),
+    ],
+)
+def test_what_overflows_half_precision_says_so(tiny, stage, layer, named):
+    """Weights that float16 can hold, and sums of them that it can't."""
+    network = deepcopy(getattr(tiny, stage.split(",")[0])).requires_grad_(False)
+    weight = network.get_submodule(layer).weight
+    weight.copy_(60_000 * weight.sign())
+    for dtype in (torch.bfloat16, torch.float32):
+        assert run_stage(tiny, stage, network.to(dtype), dtype).isfinite().all()
+    says = f"^{named} gave values that are not finite in float16: run it in bfloat16 or float32$"
+    with pytest.raises(WuerstchenError, match=says):
+        run_stage(tiny, stage, network.to(torch.float16), torch.float16)
+
+
+def test_what_was_damaged_before_is_not_blamed_on_the_precision(tiny):
+    latent = torch.full((1, 4, 32, 32), float("nan"))
+    with pytest.raises(WuerstchenError, match="Stage A gave .* in bfloat16: run it in float32$"):
+        pipeline.decode(deepcopy(tiny.stage_a).bfloat16(), latent)
+    with pytest.raises(WuerstchenError, match="Stage A gave .* in float32: what it was given is not finite"):
+        pipeline.decode(tiny.stage_a, latent)
+    text = torch.full((1, 77, 32), float("inf"))
+    with pytest.raises(WuerstchenError, match="text for Stage C is not finite"):
+        pipeline.sample_stage_c(tiny.stage_c, torch.zeros(1, 16, 3, 3), text, cfg=1.0)
+
+
+@pytest.mark.parametrize("prompt", ["", "猫", "🍕", "\x00\x1b", "\ud800", "word " * 300])
 def test_any_text_is_a_prompt(tiny, prompt):
     assert torch.isfinite(tiny.generate(prompt, **FEW)).all()

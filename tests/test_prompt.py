@@ -6,6 +6,7 @@ import torch
 from wuerstchen_core.models.prompt import parse_emphasis
 
 
+# ComfyUI's README: parentheses are 1.1, (words:1.2) is 1.2, \( and \) are to be read; the innermost number counts.
 @pytest.mark.parametrize(
     "prompt, parts",
     [
@@ -26,6 +27,19 @@ from wuerstchen_core.models.prompt import parse_emphasis
         ("a :) (red) face", [("a :) ", 1), ("red", 1.1), (" face", 1)]),
         ("( (red) cat", [("( ", 1), ("red", 1.1), (" cat", 1)]),
         ("()", []),
+        ("(good code:1.2) or (bad code:0.8)", [("good code", 1.2), (" or ", 1), ("bad code", 0.8)]),
+        ("(((red)))", [("red", 1.331)]),
+        ("((red:1.2))", [("red", 1.2)]),
+        ("((red) cat:0.5)", [("red", 0.55), (" cat", 0.5)]),
+        ("(((a:0.5) b:2) c)", [("a", 0.5), (" b", 2), (" c", 1.1)]),
+        (r"\((red:1.2)\)", [("(", 1), ("red", 1.2), (")", 1)]),
+        (r"\(red:1.2\)", [("(red:1.2)", 1)]),
+        (r"(a \(b\) (c:0.5)\::1.5)", [("a (b) ", 1.5), ("c", 0.5), ("\\:", 1.5)]),
+        ("(a:1.2:1.3)", [("a:1.2", 1.3)]),
+        ("(a:)", [("a:", 1.1)]),
+        ("(red:.5) [blue] {green}", [("red", 0.5), (" [blue] {green}", 1)]),
+        ("(two\nlines:1.3)", [("two\nlines", 1.3)]),
+        ("(猫:1.2)🍕", [("猫", 1.2), ("🍕", 1)]),
     ],
 )
 def test_emphasis(prompt, parts):

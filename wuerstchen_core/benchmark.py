@@ -1,11 +1,18 @@
 """How long a model takes to load and to draw, and the memory that it needs."""
 
+import ctypes
+import gc
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
+from .checkpoints import files
+from .checkpoints.archive import open_archive
+from .errors import WuerstchenError
 from .pipeline import Wuerstchen
 
 
@@ -20,6 +27,50 @@ def benchmark(load: Callable[[], Wuerstchen], runs: int) -> Iterator[str]:
         yield f"picture {run} {sum(seconds.values()):6.2f} s: {stages}"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     yield f"peak memory {peak:.2f} GiB, {torch.get_num_threads()} threads"
+
+
+def benchmark_loading(path: Path, device="cpu") -> Iterator[str]:
+    """Loads the networks of a file one by one, in the file's own precision; a line a network.
+
+    The peak of memory is that of the process above what it had before, also as a multiple of the file's size.
+
+    Raises:
+        WuerstchenError: it is not a file that the loaders take, or this is not Linux.
+    """
+    list(files.describe(path))  # imports what the networks are made of
+    archive = open_archive(path)
+    kinds, size = list(files.parts(archive)), archive.path.stat().st_size
+    del archive
+    for kind in kinds:
+        start = time.perf_counter()
+        peak, network = peak_growth(lambda: getattr(files, f"load_{kind}")(path, device, dtype=None))
+        seconds = time.perf_counter() - start
+        yield (
+            f"{path}: {kind} in {seconds:.2f} s, {size / 1e6:,.1f} MB, peak memory {peak / 1e6:,.1f} MB "
+            f"({peak / size:.2f} of the file)"
+        )
+        del network
+
+
+def peak_growth(work: Callable):
+    """Bytes by which resident memory grew at most while `work` ran, and what it returned.
+
+    Raises:
+        WuerstchenError: this is not Linux, which alone lets a process follow its peak.
+    """
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what is taken
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    except (AttributeError, OSError, TypeError) as error:
+        raise WuerstchenError("the peak of memory can be measured on Linux only") from error
+    before = _resident("VmRSS")
+    result = work()
+    return _resident("VmHWM") - before, result
+
+
+def _resident(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def _time_picture(model: Wuerstchen, seed: int) -> dict[str, float]:

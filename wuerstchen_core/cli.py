@@ -105,6 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: the file's own")
 
     benchmark = _command(commands, "benchmark", _benchmark, "time loading and drawing")
+    benchmark.add_argument(
+        "--load",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="only load these files of weights, in any layout, and tell the time and the peak of memory (Linux)",
+    )
     benchmark.add_argument("--runs", type=int, default=3, metavar="N", help="pictures to draw (default: 3)")
     _add_model(benchmark)
     return parser
@@ -312,9 +319,14 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    from .benchmark import benchmark
+    from .benchmark import benchmark, benchmark_loading
 
-    for line in benchmark(lambda: _load(options), options.runs):
+    if options.load is None:
+        lines = benchmark(lambda: _load(options), options.runs)
+    else:
+        _check_device(options.device)
+        lines = (line for path in options.load for line in benchmark_loading(path, options.device))
+    for line in lines:
         print(line, flush=True)
 
 

@@ -2,7 +2,8 @@
 
 Pictures here are ComfyUI's: (B, H, W, 3) in [0, 1]. Latents are (B, C, rows, columns). A function computes where the
 latent or picture that it is given lies, in `dtype` or else in the precision of the network's weights, and returns
-float32. All noise is drawn on the CPU, so that a seed gives the same picture on every device.
+float32. All noise is drawn on the CPU, so that a seed gives the same picture on every device. What comes out is finite,
+or a WuerstchenError says which network went beyond its precision.
 """
 
 import random
@@ -21,6 +22,7 @@ from .diffusion.guidance import guide, keep_outside, prepare
 from .diffusion.samplers import sampler_named
 from .diffusion.schedule import add_noise, sampling_times
 from .errors import WuerstchenError
+from .finite import is_finite
 from .geometry import Geometry
 from .models.semantic_compressor import SemanticCompressor
 from .models.stage_a import VQGAN
@@ -39,7 +41,8 @@ def compress(compressor: SemanticCompressor, image: Tensor, dtype: torch.dtype |
     geometry = Geometry(width=image.shape[2], height=image.shape[1])
     planes = F.pad(_planes(image), geometry.margins, mode="replicate")
     planes = F.interpolate(planes, size=geometry.compressor, mode="bicubic", antialias=True).clamp(0, 1)
-    features = compressor(planes.to(dtype or _dtype(compressor))).float()
+    dtype = dtype or _dtype(compressor)
+    features = _finite(compressor(planes.to(dtype)).float(), "the semantic compressor", dtype)
     return compressor.config.latent_space.from_features(features)
 
 
@@ -72,7 +75,8 @@ def sample_stage_c(
         batch_index: which pictures of a larger batch these are: they get the noise that they would get there.
 
     Raises:
-        WuerstchenError: the text comes from an encoder of another width, or an option is out of its range.
+        WuerstchenError: the text comes from an encoder of another width, an option is out of its range, or the network
+            went beyond its precision.
     """
     if cfg != 1 and negative is None:
         raise WuerstchenError(f"cfg {cfg} needs a negative prompt's encoding (that of an empty text will do)")
@@ -81,7 +85,8 @@ def sample_stage_c(
     condition = stage_c.condition(texts.to(latent.device, dtype))
     times = sampling_times(steps, schedule, denoise)
     draw = _noise(latent, seed, batch_index)
-    return _sample(stage_c, condition, latent, times, cfg, sampler, draw, mask, dtype, progress)
+    sampled = _sample(stage_c, condition, latent, times, cfg, sampler, draw, mask, dtype, progress)
+    return _finite(sampled, "Stage C", dtype)
 
 
 @torch.inference_mode()
@@ -114,7 +119,8 @@ def sample_stage_b(
         The others are those of `sample_stage_c`.
 
     Raises:
-        WuerstchenError: the text comes from an encoder of another width, or an option is out of its range.
+        WuerstchenError: the text comes from an encoder of another width, an option is out of its range, or the network
+            went beyond its precision.
     """
     dtype = dtype or _dtype(stage_b)
     batch, device = semantic.shape[0], semantic.device
@@ -132,7 +138,8 @@ def sample_stage_b(
     condition = stage_b.condition(features.to(dtype), texts, latent.shape[-2:])
     times = sampling_times(steps, schedule, denoise)
     draw = _noise(latent, seed, batch_index)
-    return _sample(stage_b, condition, latent, times, cfg, sampler, draw, mask, dtype, progress)
+    sampled = _sample(stage_b, condition, latent, times, cfg, sampler, draw, mask, dtype, progress)
+    return _finite(sampled, "Stage B", dtype)
 
 
 @torch.inference_mode()
@@ -140,7 +147,8 @@ def encode(stage_a: VQGAN, image: Tensor, dtype: torch.dtype | None = None) -> T
     """image (B, H, W, 3), sides multiples of 8 -> latent of Stage A (B, 4, h, w)"""
     geometry = Geometry(width=image.shape[2], height=image.shape[1])
     planes = F.pad(_planes(image), geometry.margins, mode="replicate")
-    return stage_a.encode(planes.to(dtype or _dtype(stage_a))).float()
+    dtype = dtype or _dtype(stage_a)
+    return _finite(stage_a.encode(planes.to(dtype)).float(), "Stage A", dtype)
 
 
 @torch.inference_mode()
@@ -148,7 +156,8 @@ def decode(
     stage_a: VQGAN, latent: Tensor, geometry: Geometry | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """latent of Stage A (B, 4, h, w) -> image (B, H, W, 3) in [0, 1] of the geometry's size, or the whole of it"""
-    planes = stage_a.decode(latent.to(dtype or _dtype(stage_a))).float()
+    dtype = dtype or _dtype(stage_a)
+    planes = _finite(stage_a.decode(latent.to(dtype)).float(), "Stage A", dtype)
     if geometry is not None:
         planes = _crop(planes, geometry)
     return rearrange(planes.clamp(0, 1), "b c h w -> b h w c")
@@ -332,6 +341,8 @@ def _texts(text: Tensor, negative: Tensor | None, batch: int, width: int, stage:
                 f"{stage} was trained with a text encoder of width {width}, but this text comes from one of width "
                 f"{given.shape[-1]}: encode it with the text encoder that belongs to {stage}"
             )
+        if given is not None and not is_finite(given):
+            raise WuerstchenError(f"the text for {stage} is not finite: run its text encoder in float32")
     halves = [text] if negative is None else [text, negative]
     longest = max(half.shape[1] for half in halves)
     return torch.cat([_to_length(half, longest).expand(batch, -1, -1) for half in halves])
@@ -350,6 +361,19 @@ def _crop(planes: Tensor, geometry: Geometry) -> Tensor:
 
 def _planes(image: Tensor) -> Tensor:
     return rearrange(image, "b h w c -> b c h w").float()
+
+
+# Where to go on from a precision that was too narrow.
+WIDER = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}
+
+
+def _finite(result: Tensor, network: str, dtype: torch.dtype) -> Tensor:
+    """The result itself; raises WuerstchenError if a value in it is NaN or infinite."""
+    if is_finite(result):
+        return result
+    precision = str(dtype).removeprefix("torch.")
+    hint = f"run it in {WIDER[dtype]}" if dtype in WIDER else "what it was given is not finite, or out of all range"
+    raise WuerstchenError(f"{network} gave values that are not finite in {precision}: {hint}")
 
 
 def _dtype(network: nn.Module) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..atomic import replacing
 from ..errors import WuerstchenError
+from ..finite import is_finite
 from ..models.latent_space import LatentSpace
 from ..models.semantic_compressor import BackboneStage, SemanticCompressor, SemanticCompressorConfig
 from ..models.stage_a import VQGAN, StageAConfig
@@ -218,16 +219,9 @@ def _place(archive: Archive, name: str, tensor: torch.Tensor, device, dtype: tor
     if not tensor.is_floating_point():
         return tensor.to(device)
     placed = tensor.to(device, dtype)
-    if not _is_finite(placed):
-        if _is_finite(tensor):
+    if not is_finite(placed):
+        if is_finite(tensor):
             half = str(dtype).removeprefix("torch.")
             raise WuerstchenError(f"{archive.path}: {name} is too large for {half}; load it as bfloat16 or float32")
         raise WuerstchenError(f"{archive.path}: damaged weights, {name} is not finite (NaN or infinity)")
     return placed
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Reads the tensor once and copies nothing, as `isfinite` would."""
-    if tensor.numel() == 0 or tensor.dtype.itemsize == 1:
-        return True
-    return all(extreme.isfinite() for extreme in tensor.aminmax())
