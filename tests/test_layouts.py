@@ -450,7 +450,13 @@ def test_a_batch_norms_counter_may_be_missing(tmp_path):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak of resident memory")
 @pytest.mark.parametrize(
     "kind, suffix",
-    [("stage_b", ".safetensors"), ("stage_b", ".pt"), ("stage_c", ".safetensors"), ("text_encoder", ".safetensors")],
+    [
+        ("stage_b", ".safetensors"),
+        ("stage_b", ".pt"),
+        ("stage_c", ".safetensors"),
+        ("text_encoder", ".safetensors"),
+        ("text_encoder", ".pt"),
+    ],
 )
 def test_loading_takes_the_memory_of_the_file(tmp_path, kind, suffix):
     build = {

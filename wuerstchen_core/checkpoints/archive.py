@@ -34,17 +34,11 @@ class Archive:
     format: str
     tensors: dict[str, Tensor] = field(repr=False)
     metadata: dict[str, str] = field(default_factory=dict)
+    mapped: bool = False
 
-    def joined(self, names: tuple[str, ...]) -> Tensor:
-        """Several tensors in one, along their first axis.
-
-        It reads safetensors from a mapping of its own, which ends with it: through the tensors of this archive the
-        pages would stay in memory beside the copy.
-        """
-        if self.format == "safetensors":
-            with safe_open(self.path, framework="pt") as file:
-                return torch.cat([file.get_tensor(name) for name in names])
-        return torch.cat([self.tensors[name] for name in names])
+    def reopened(self) -> "Archive":
+        """The same file, mapped anew: the pages of what is only copied from it leave memory together with it."""
+        return open_archive(self.path) if self.mapped else self
 
 
 def open_archive(path: str | Path) -> Archive:
@@ -88,7 +82,7 @@ def _open_safetensors(path: Path) -> Archive:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return Archive(path, "safetensors", tensors, file.metadata() or {})
+            return Archive(path, "safetensors", tensors, file.metadata() or {}, mapped=True)
     except (SafetensorError, OSError) as error:
         raise WuerstchenError(f"{path}: not a whole safetensors file, cut short or damaged ({error})") from error
 
@@ -104,7 +98,7 @@ def _open_pytorch(path: Path, mapped: bool) -> Archive:
             ) from error
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise WuerstchenError(f"{path}: not a whole PyTorch file, cut short or damaged ({first})") from error
-    return Archive(path, "PyTorch", dict(_flattened(content)))
+    return Archive(path, "PyTorch", dict(_flattened(content)), mapped=mapped)
 
 
 def _flattened(content, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

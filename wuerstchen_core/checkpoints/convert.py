@@ -19,8 +19,13 @@ class Source(NamedTuple):
     shape: tuple[int, ...]
     index: tuple[slice, ...] | None = None
 
+    @property
+    def is_joined(self) -> bool:
+        return len(self.names) > 1
+
     def read(self, archive: Archive) -> Tensor:
-        tensor = archive.tensors[self.names[0]] if len(self.names) == 1 else archive.joined(self.names)
+        tensors = [archive.tensors[name] for name in self.names]
+        tensor = torch.cat(tensors) if self.is_joined else tensors[0]
         return tensor if self.index is None else tensor[self.index]
 
 

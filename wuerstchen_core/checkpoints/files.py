@@ -5,7 +5,7 @@ Ours are safetensors whose metadata holds the network's kind and configuration a
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from ..models.stage_b import DiffNeXt, StageBConfig
 from ..models.stage_c import Prior, StageCConfig
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from .archive import Archive, open_archive
-from .convert import sources
+from .convert import Source, sources
 from .layouts import Part, foreign, part_at, places
 
 METADATA_KEY = "wuerstchen"
@@ -147,12 +147,19 @@ def _load(kind: str, path: str | Path, device, dtype: torch.dtype | None, **opti
     archive = open_archive(path)
     part = _part(archive, kind)
     network = _empty(archive, part, **options)
+    kept = sources(archive, part, _shapes(network))
+    joined = {name: kept.pop(name) for name, source in list(kept.items()) if source and source.is_joined}
+    weights = _read(archive.reopened(), joined, device, dtype) if joined else {}
+    network.load_state_dict(weights | _read(archive, kept, device, dtype), assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _read(archive: Archive, found: Mapping[str, Source | None], device, dtype) -> dict[str, torch.Tensor]:
     weights = {}
-    for name, source in sources(archive, part, _shapes(network)).items():
+    for name, source in found.items():
         tensor = torch.tensor(0) if source is None else source.read(archive)
         weights[name] = _place(archive, name, tensor, device, dtype)
-    network.load_state_dict(weights, assign=True)
-    return network.eval().requires_grad_(False)
+    return weights
 
 
 def _part(archive: Archive, kind: str) -> Part:
