@@ -54,25 +54,34 @@ class WuerstchenLoadModel(io.ComfyNode):
         )
 
 
-def _schema(kind: str, node_id: str, name: str, description: str, output: io.Output) -> io.Schema:
-    """A loader of one network from one file."""
-    tooltip = f"A file of {host.places(kind)}. The published layouts are recognised from what is in the file."
-    return io.Schema(
-        node_id=node_id,
-        display_name=f"Würstchen Load {name}",
-        category=sockets.CATEGORY,
-        description=description,
-        inputs=[io.Combo.Input("file", options=list(host.weight_files(kind)), tooltip=tooltip)],
-        outputs=[output],
-    )
+class NetworkLoader(io.ComfyNode):
+    """One network from one file; a subclass names the network."""
+
+    KIND: str
+
+    @classmethod
+    def schema(cls, name: str, description: str, output: io.Output) -> io.Schema:
+        tooltip = f"A file of {host.places(cls.KIND)}. The published layouts are recognised from what is in the file."
+        return io.Schema(
+            node_id=cls.__name__,
+            display_name=f"Würstchen Load {name}",
+            category=sockets.CATEGORY,
+            description=description,
+            inputs=[io.Combo.Input("file", options=list(host.weight_files(cls.KIND)), tooltip=tooltip)],
+            outputs=[output],
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(host.load_network(cls.KIND, file))
 
 
-class WuerstchenLoadStageA(io.ComfyNode):
+class WuerstchenLoadStageA(NetworkLoader):
+    KIND = "stage_a"
+
     @classmethod
     def define_schema(cls):
-        return _schema(
-            "stage_a",
-            "WuerstchenLoadStageA",
+        return cls.schema(
             "Stage A",
             "Loads Stage A, the VQGAN. v1, v2 and Stable Cascade have the same one.",
             sockets.StageA.Output(
@@ -80,49 +89,37 @@ class WuerstchenLoadStageA(io.ComfyNode):
             ),
         )
 
-    @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(host.load_network("stage_a", file))
 
+class WuerstchenLoadStageB(NetworkLoader):
+    KIND = "stage_b"
 
-class WuerstchenLoadStageB(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return _schema(
-            "stage_b",
-            "WuerstchenLoadStageB",
+        return cls.schema(
             "Stage B",
             "Loads Stage B, which adds the detail. Its text encoder is CLIP H.",
             sockets.StageB.Output(display_name="Stage B", tooltip="For Würstchen Stage B Sampler."),
         )
 
-    @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(host.load_network("stage_b", file))
 
+class WuerstchenLoadStageC(NetworkLoader):
+    KIND = "stage_c"
 
-class WuerstchenLoadStageC(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return _schema(
-            "stage_c",
-            "WuerstchenLoadStageC",
+        return cls.schema(
             "Stage C",
             "Loads Stage C, which draws the content. Its text encoder is CLIP bigG in v2, CLIP H in v1.",
             sockets.StageC.Output(display_name="Stage C", tooltip="For Würstchen Stage C Sampler."),
         )
 
-    @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(host.load_network("stage_c", file))
 
+class WuerstchenLoadTextEncoder(NetworkLoader):
+    KIND = "text_encoder"
 
-class WuerstchenLoadTextEncoder(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return _schema(
-            "text_encoder",
-            "WuerstchenLoadTextEncoder",
+        return cls.schema(
             "Text Encoder",
             "Loads the text tower of a CLIP. v2's Stage C was trained with CLIP bigG (width 1280; SDXL's "
             "clip_g.safetensors is one), Stage B and v1's Stage C with CLIP H (width 1024): use this node twice.",
@@ -132,24 +129,16 @@ class WuerstchenLoadTextEncoder(io.ComfyNode):
             ),
         )
 
-    @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(host.load_network("text_encoder", file))
 
+class WuerstchenLoadSemanticCompressor(NetworkLoader):
+    KIND = "semantic_compressor"
 
-class WuerstchenLoadSemanticCompressor(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return _schema(
-            "semantic_compressor",
-            "WuerstchenLoadSemanticCompressor",
+        return cls.schema(
             "Semantic Compressor",
             "Loads the semantic compressor. Of v2 it is in the authors' file of Stage B, model_v2_stage_b.pt.",
             sockets.SemanticCompressor.Output(
                 display_name="semantic compressor", tooltip="For Würstchen Semantic Compress."
             ),
         )
-
-    @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(host.load_network("semantic_compressor", file))

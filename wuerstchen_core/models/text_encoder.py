@@ -90,7 +90,7 @@ class TextEncoder(nn.Module):
         """
         tower = self.tower
         tokens = tokens.to(tower.positional_embedding.device)
-        positions = torch.arange(tokens.shape[1]) if positions is None else positions
+        positions = slice(tokens.shape[1]) if positions is None else positions
         h = tower.token_embedding(tokens) + tower.positional_embedding[positions]
         mask = _attention_mask(tokens, self.tokenizer.eot_token_id).to(h.dtype)
         h = tower.transformer(h, attn_mask=mask.repeat_interleave(self.config.heads, dim=0))

@@ -76,6 +76,7 @@ CROP = 64  # Stage A learns from crops of this side
 PLAIN = 0.7  # share of plain pictures among those that texts are learned with
 TOLD = 12  # positions of the latent that a caption must tell in a step of the text encoder
 CAPTIONS = (0,) * 7 + (1, 1, 2, 3, 4)  # which of an emoji's pictures the captions are about whose states are kept
+REHEARSED = (0,) * 12 + (1, 1, 2, 2, 3, 3, 4, 4)  # the same of the captions that are learned by heart
 REPEATS = 2  # Stage C sees each caption of a batch at this many noise levels
 
 
@@ -359,7 +360,7 @@ def _states(reader: TextEncoder, seen: Features) -> tuple[Tensor, Tensor]:
     states, latents = [], []
     for start in tqdm(range(0, len(seen.semantic), 64), desc="captions"):
         emoji = range(start, min(start + 64, len(seen.semantic)))
-        for variant in (0,) * 12 + (1, 1, 2, 2, 3, 3, 4, 4):
+        for variant in REHEARSED:
             drawn = [(i, variant) for i in emoji]
             end, last, _ = _read(reader, seen.captions(drawn, generator), generator)
             states.append(torch.stack([end, last[:, 0]], dim=1))
