@@ -158,9 +158,11 @@ def _check_png(path: Path) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from .pictures import read_picture
+
     if options.denoise is not None and options.image is None:
         raise WuerstchenError("--denoise is about a picture to start from: give one with --image")
-    image = None if options.image is None else _read_image(options.image)
+    image = None if options.image is None else read_picture(options.image)
     denoise = 0.6 if options.denoise is None else options.denoise
     _check_png(options.output)
     model = _load(options)
@@ -209,23 +211,6 @@ def _generate(options: argparse.Namespace) -> None:
             told["batch_number"] = number
         _write_image(picture, path, told)
         print(path)
-
-
-def _read_image(path: Path):
-    """A picture file -> (H, W, 3) in [0, 1], as it is meant to be seen: turned upright, transparency on white."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
-    except FileNotFoundError as error:
-        raise WuerstchenError(f"{path}: there is no such file") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise WuerstchenError(f"{path}: not a picture that can be read ({error})") from error
-    white = Image.new("RGBA", picture.size, "white")
-    return torch.from_numpy(np.array(Image.alpha_composite(white, picture).convert("RGB"))).float() / 255
 
 
 def _write_image(picture, path: Path, told: dict) -> None:
