@@ -51,8 +51,9 @@ def open_batches(
     order that follows from the seed and the epoch, and rank r gets its r-th part. What is left over at an epoch's end
     goes on into the next. `workers` changes nothing but the speed.
 
-    Shards: every worker of every rank has a share of its own and forms its own batches, so that a run must be resumed
-    with as many ranks and workers as it had. To resume, it reads again all that it had read; it decodes none of it.
+    Shards: every worker of every rank has a share of its own and forms its own batches, so that the ranks' sizes differ
+    at a step, and a run must be resumed with as many ranks and workers as it had (none and one are the same). To
+    resume, it reads again all that it had read, but decodes none of it.
 
     Args:
         data: a folder (see `FolderSource`), urls or paths of shards (see `shards.expand`), or a `Source`.
