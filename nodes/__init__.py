@@ -8,6 +8,7 @@ from .load import (
     WuerstchenLoadStageC,
     WuerstchenLoadTextEncoder,
 )
+from .lora import WuerstchenLoadLoRA
 from .semantic_compressor import WuerstchenSemanticCompress
 from .stage_a import WuerstchenVQGANDecode, WuerstchenVQGANEncode
 from .stage_b import WuerstchenStageBSampler
@@ -18,6 +19,7 @@ NODES = [
     WuerstchenLoadModel,
     WuerstchenLoadTextEncoder,
     WuerstchenLoadStageC,
+    WuerstchenLoadLoRA,
     WuerstchenLoadStageB,
     WuerstchenLoadStageA,
     WuerstchenLoadSemanticCompressor,

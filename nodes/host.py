@@ -1,7 +1,7 @@
 """All that the nodes need of ComfyUI itself: folders, devices and memory, progress and Cancel."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ..wuerstchen_core import WuerstchenError
+from ..wuerstchen_core import LoRA, WuerstchenError, load_lora
 from ..wuerstchen_core.checkpoints import files
 from ..wuerstchen_core.pipeline import MINI, Progress
 
@@ -25,6 +25,7 @@ FOLDERS = {
     "stage_c": ("diffusion_models", "checkpoints", FOLDER),
     "text_encoder": ("text_encoders", "checkpoints", FOLDER),
     "semantic_compressor": ("clip_vision", "diffusion_models", "checkpoints", FOLDER),
+    "lora": ("loras",),
 }
 DIFFUSION_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -39,9 +40,12 @@ class Model:
     patcher: ModelPatcher
     dtype: torch.dtype
     splits: bool = False  # its layers cast and move their weights on use, so that it may be loaded in part
+    loras: tuple[tuple[LoRA, float], ...] = ()  # with their strengths; of Stage C, which applies them while it samples
 
     def load(self, memory: int = 0) -> torch.device:
         """Has it loaded, with `memory` bytes to spare for the work; gives the device to compute on."""
+        changed = {name for lora, _ in self.loras for name in lora.changes}
+        memory += sum(self.network.get_submodule(name).weight.nbytes for name in changed)
         management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=not self.splits)
         return self.patcher.load_device if self.splits else next(self.network.parameters()).device
 
@@ -99,22 +103,24 @@ def weight_files(kind: str) -> dict[str, Path]:
 
 
 def load_network(kind: str, name: str) -> Model:
-    """The network in a file, by the name that `weight_files` has for it; nothing else is a way to a file.
+    """The network in a file, by the name that `weight_files` has for it. Raises WuerstchenError."""
+    return LOADERS[kind](_listed(kind, name))
 
-    Raises WuerstchenError for a name that is not listed, and as the core's loaders do.
+
+def with_lora(model: Model, name: str, strength: float) -> Model:
+    """Stage C with one more LoRA, by the name that `weight_files` has for it; the model itself stays as it is.
+
+    Raises WuerstchenError as `load_lora` does, and for a LoRA of another network.
     """
-    listed = weight_files(kind)
-    if name not in listed:
-        raise WuerstchenError(
-            f"{name}: there is no such file in {places(kind)}: put it into one of them and press R, or choose another"
-        )
-    return LOADERS[kind](listed[name])
+    lora = load_lora(_listed("lora", name))
+    lora.check(model.network)
+    return replace(model, loras=(*model.loras, (lora, strength)))
 
 
 def places(kind: str) -> str:
     """The folders of a kind of network, for people."""
     *others, last = (f"models/{folder}" for folder in FOLDERS[kind])
-    return f"{', '.join(others)} or {last}"
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def progress(steps: int) -> Progress:
@@ -131,6 +137,17 @@ def progress(steps: int) -> Progress:
 def to_intermediate(tensor: Tensor) -> Tensor:
     """As ComfyUI wants what passes between nodes."""
     return tensor.to(management.intermediate_device(), torch.float32)
+
+
+def _listed(kind: str, name: str) -> Path:
+    """The file of a name; nothing but the names that `weight_files` has is a way to one."""
+    listed = weight_files(kind)
+    if name not in listed:
+        place = "one of them" if len(FOLDERS[kind]) > 1 else "it"
+        raise WuerstchenError(
+            f"{name}: there is no such file in {places(kind)}: put it into {place} and press R, or choose another"
+        )
+    return listed[name]
 
 
 def _diffusion(load: Callable[..., nn.Module], path: Path) -> Model:

@@ -1,7 +1,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..wuerstchen_core import Geometry
+from ..wuerstchen_core import Geometry, apply_loras
 from ..wuerstchen_core.diffusion.schedule import SCHEDULES
 from ..wuerstchen_core.models.stage_c import StageCConfig
 from ..wuerstchen_core.pipeline import sample_stage_c
@@ -41,7 +41,9 @@ class WuerstchenStageCSampler(io.ComfyNode):
             category=sockets.CATEGORY,
             description="Draws the content: text to a small latent, from noise or from a picture's latent.",
             inputs=[
-                sockets.StageC.Input("stage_c", tooltip="From Würstchen Load Stage C or Würstchen Load Model."),
+                sockets.StageC.Input(
+                    "stage_c", tooltip="From Würstchen Load Stage C, Würstchen Load Model or Würstchen Load LoRA."
+                ),
                 io.Conditioning.Input(
                     "positive",
                     tooltip="What is to be seen, by the text encoder of Stage C. Areas and time ranges are not read.",
@@ -87,20 +89,21 @@ class WuerstchenStageCSampler(io.ComfyNode):
         geometry = latents.geometry_of_stage_c(latent)
         device = stage_c.load()
         mask = latents.mask_of(latent, geometry)
-        sampled = sample_stage_c(
-            stage_c.network,
-            samples.to(device),
-            latents.text_of(positive),
-            latents.text_of(negative),
-            steps=steps,
-            cfg=cfg,
-            sampler=sampler,
-            schedule=schedule,
-            denoise=denoise,
-            seed=seed,
-            mask=None if mask is None else mask.to(device),
-            batch_index=latent.get("batch_index"),
-            dtype=stage_c.dtype,
-            progress=host.progress(steps),
-        )
+        with apply_loras(stage_c.network, stage_c.loras):
+            sampled = sample_stage_c(
+                stage_c.network,
+                samples.to(device),
+                latents.text_of(positive),
+                latents.text_of(negative),
+                steps=steps,
+                cfg=cfg,
+                sampler=sampler,
+                schedule=schedule,
+                denoise=denoise,
+                seed=seed,
+                mask=None if mask is None else mask.to(device),
+                batch_index=latent.get("batch_index"),
+                dtype=stage_c.dtype,
+                progress=host.progress(steps),
+            )
         return io.NodeOutput(latents.pack(sampled, geometry, like=latent))

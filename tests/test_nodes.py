@@ -82,6 +82,7 @@ def test_the_pack_has_its_nodes(nodes):
         "WuerstchenLoadStageC",
         "WuerstchenLoadTextEncoder",
         "WuerstchenLoadSemanticCompressor",
+        "WuerstchenLoadLoRA",
         "WuerstchenTextEncode",
         "WuerstchenEmptyLatent",
         "WuerstchenStageCSampler",

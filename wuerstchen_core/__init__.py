@@ -8,14 +8,18 @@ from .checkpoints.files import (
     load_text_encoder,
     save,
 )
+from .checkpoints.lora import LoRA, apply_loras, load_lora
 from .errors import WuerstchenError
 from .geometry import Geometry
 from .pipeline import Wuerstchen
 
 __all__ = [
     "Geometry",
+    "LoRA",
     "Wuerstchen",
     "WuerstchenError",
+    "apply_loras",
+    "load_lora",
     "load_semantic_compressor",
     "load_stage_a",
     "load_stage_b",

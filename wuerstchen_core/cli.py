@@ -1,6 +1,7 @@
 """The command line, `wuerstchen`."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="D",
         help="how much of the picture to draw anew, 0 to 1 (default: 0.6; only with --image)",
+    )
+    generate.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA for Stage C (default strength: 1); give it again for several, which add up",
     )
     generate.add_argument("--width", type=int, default=256, metavar="PIXELS", help="multiple of 8 (default: 256)")
     generate.add_argument("--height", type=int, default=256, metavar="PIXELS", help="multiple of 8 (default: 256)")
@@ -158,6 +166,7 @@ def _check_png(path: Path) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from .checkpoints.lora import apply_loras, load_lora
     from .pictures import read_picture
 
     if options.denoise is not None and options.image is None:
@@ -165,8 +174,10 @@ def _generate(options: argparse.Namespace) -> None:
     image = None if options.image is None else read_picture(options.image)
     denoise = 0.6 if options.denoise is None else options.denoise
     _check_png(options.output)
+    chosen = [_lora(text) for text in options.lora]
+    loras = [(load_lora(path), strength) for path, strength in chosen]
     model = _load(options)
-    with tqdm(unit="step", leave=False) as bar:
+    with tqdm(unit="step", leave=False) as bar, apply_loras(model.stage_c, loras):
 
         def show(stage: str, step: int, steps: int) -> None:
             if step == 1:
@@ -204,6 +215,8 @@ def _generate(options: argparse.Namespace) -> None:
     }
     if image is not None:
         told["denoise"] = denoise
+    if chosen:
+        told["loras"] = ", ".join(f"{path.name}:{strength:g}" for path, strength in chosen)
     for number, picture in enumerate(pictures, start=1):
         path = options.output
         if options.batch > 1:
@@ -211,6 +224,12 @@ def _generate(options: argparse.Namespace) -> None:
             told["batch_number"] = number
         _write_image(picture, path, told)
         print(path)
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """FILE[:STRENGTH]; only a number behind the last colon is a strength, so that a path may have colons."""
+    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    return (Path(match[1]), float(match[2])) if match else (Path(text), 1.0)
 
 
 def _write_image(picture, path: Path, told: dict) -> None:

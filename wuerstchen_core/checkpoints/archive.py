@@ -11,12 +11,16 @@ from torch import Tensor
 
 from ..errors import WuerstchenError
 
-# What diffusers and transformers call the weights in a folder of theirs.
+# What diffusers, transformers and, for a LoRA, peft call the weights in a folder of theirs.
 FOLDER_NAMES = (
     "diffusion_pytorch_model.safetensors",
     "model.safetensors",
     "diffusion_pytorch_model.bin",
     "pytorch_model.bin",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
 )
 
 # How files begin that are often found in the place of weights.

@@ -24,6 +24,7 @@ from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from .archive import Archive, open_archive
 from .convert import Source, sources
 from .layouts import Part, foreign, part_at, places
+from .lora import describe_lora, is_lora
 
 METADATA_KEY = "wuerstchen"
 
@@ -120,13 +121,18 @@ def parts(archive: Archive) -> dict[str, Part]:
 
 
 def describe(path: str | Path) -> Iterator[str]:
-    """What a file holds, a line a fact: its format, then of every network its loader, configuration, size and dtype.
+    """What a file holds, a line a fact: its format, then of every network its loader, configuration, size and dtype;
+    of a LoRA its modules and ranks, and the width of the Stage C that it is for.
 
-    Raises WuerstchenError as the loaders do; the weights themselves are not read.
+    Raises WuerstchenError as the loaders do; the weights of networks are not read.
     """
     archive = open_archive(path)
+    head = f"{archive.path}: {archive.format}, {archive.path.stat().st_size / 1e6:,.1f} MB"
+    if is_lora(archive):
+        yield from (head, *describe_lora(archive))
+        return
     found = parts(archive)
-    yield f"{archive.path}: {archive.format}, {archive.path.stat().st_size / 1e6:,.1f} MB"
+    yield head
     beside = foreign(archive, tuple(part.prefix for part in found.values()))
     if beside:
         yield f"beside the following: {beside}"

@@ -1,0 +1,43 @@
+from comfy_api.latest import io
+
+from . import host, sockets
+
+
+class WuerstchenLoadLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WuerstchenLoadLoRA",
+            display_name="Würstchen Load LoRA",
+            category=sockets.CATEGORY,
+            description="Changes what Stage C draws by a LoRA. Several, one after another, add up.",
+            inputs=[
+                sockets.StageC.Input(
+                    "stage_c", tooltip="From Würstchen Load Stage C, Würstchen Load Model or another LoRA."
+                ),
+                io.Combo.Input(
+                    "file",
+                    options=list(host.weight_files("lora")),
+                    tooltip=f"A file of {host.places('lora')}: a LoRA for Würstchen's Stage C, which diffusers calls "
+                    "the prior.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    round=0.01,
+                    tooltip="How much of the change: 0 is none of it, 1 what was trained, below 0 its opposite.",
+                ),
+            ],
+            outputs=[
+                sockets.StageC.Output(
+                    display_name="Stage C", tooltip="With the LoRA; the Stage C that came in stays without it."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, stage_c: host.Model, file: str, strength: float) -> io.NodeOutput:
+        return io.NodeOutput(host.with_lora(stage_c, file, strength))
