@@ -45,7 +45,8 @@ class Listed(NamedTuple):
 
 
 def listed(*classes: type, prefix: str = "") -> Iterator[Listed]:
-    """All options of some dataclasses, those of tables after the table's name and a dot."""
+    """All options of some dataclasses, those of tables after the table's name and a dot, and with the table's help where
+    they have none of their own."""
     for cls in classes:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -53,10 +54,10 @@ def listed(*classes: type, prefix: str = "") -> Iterator[Listed]:
                 continue
             default = field.default if field.default_factory is MISSING else field.default_factory()
             if dataclasses.is_dataclass(hints[field.name]):
-                inside = listed(hints[field.name], prefix=f"{prefix}{field.name}.")
-                for name, type_, own, help in inside:
+                about = field.metadata.get("help", "")
+                for name, type_, own, help in listed(hints[field.name], prefix=f"{prefix}{field.name}."):
                     path = name.removeprefix(prefix).split(".")[1:]
-                    yield Listed(name, type_, own if default is MISSING else _at(default, path), help)
+                    yield Listed(name, type_, own if default is MISSING else _at(default, path), help or about)
             else:
                 yield Listed(prefix + field.name, hints[field.name], default, field.metadata.get("help", ""))
 
