@@ -64,7 +64,7 @@ def _parsed(stage: str, classes: tuple[type, ...], arguments: list[str]) -> tupl
     parser = argparse.ArgumentParser(
         prog=f"wuerstchen train {stage}",
         description=f"Train {STAGES[stage][1]}. The same command goes on where a run was stopped.",
-        epilog="Values are written as in TOML, texts without quotes: --prompts '[\"a cat\", \"a dog\"]'. "
+        epilog='Values are written as in TOML, texts without quotes: --prompts \'["a cat", "a dog"]\'. '
         "The defaults are those where the configuration file has none.",
         allow_abbrev=False,
     )

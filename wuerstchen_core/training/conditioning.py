@@ -27,7 +27,7 @@ def weight_file(option: str, name: str, embedded: str) -> Path:
     path = Path(name)
     if not path.exists():
         raise WuerstchenError(
-            f"{option}: there is no {name}; the README's \"The released weights\" says where to get it, and "
+            f'{option}: there is no {name}; the README\'s "The released weights" says where to get it, and '
             f"--{option.replace('_', '-')} {EMBEDDED} takes the embedded one"
         )
     return path

@@ -45,8 +45,9 @@ class Listed(NamedTuple):
 
 
 def listed(*classes: type, prefix: str = "") -> Iterator[Listed]:
-    """All options of some dataclasses, those of tables after the table's name and a dot, and with the table's help where
-    they have none of their own."""
+    """All options of some dataclasses, those of tables after the table's name and a dot.
+
+    Where they have no help of their own they get their table's."""
     for cls in classes:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -141,7 +142,7 @@ def _checked(value: Any, type_: Any, where: str, default: Any = MISSING) -> Any:
         return type_(*(_checked(one, kind, where) for one, kind in zip(value, kinds)))
     if typing.get_origin(type_) is tuple:
         if not isinstance(value, list):
-            raise WuerstchenError(f"{where} is {value!r}: a list is needed, such as [1, 2] or [\"a\", \"b\"]")
+            raise WuerstchenError(f'{where} is {value!r}: a list is needed, such as [1, 2] or ["a", "b"]')
         return tuple(_checked(one, typing.get_args(type_)[0], where) for one in value)
     if typing.get_origin(type_) in (typing.Union, types.UnionType):
         type_ = next(kind for kind in typing.get_args(type_) if kind is not type(None))

@@ -47,7 +47,7 @@ class Plan:
     accumulate: int = option(1, "batches to a step; as if the batch were so many times larger")
     ema_every: int = option(100, "steps between two averages of the weights")
     ema_decay: float = option(0.9, "share of the average that stays at each; less at the beginning")
-    save_every: int = option(1000, "steps between two checkpoints; each comes with the averaged weights as loadable files")
+    save_every: int = option(1000, "steps between two checkpoints, each with the averaged weights as loadable files")
     sample_every: int = option(1000, "steps between two grids of samples; 0: none")
     log_every: int = option(10, "steps between two entries in tensorboard's logs")
     mixed_precision: str = option("", "no, fp16 or bf16; empty: what `accelerate launch` says, else no")
@@ -70,7 +70,7 @@ class Plan:
                 raise WuerstchenError(f"{name} is {getattr(self, name)}: it must be from 0 to 1")
         for name, known in (("mixed_precision", PRECISIONS), ("dtype", tuple(DTYPES))):
             if getattr(self, name) not in known:
-                raise WuerstchenError(f"{name} is {getattr(self, name)!r}: take one of {', '.join(filter(None, known))}")
+                raise WuerstchenError(f"{name} is {getattr(self, name)!r}: take one of {', '.join(known).lstrip(', ')}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: up, level, down to zero."""
@@ -176,9 +176,7 @@ class _Learner:
         accelerator, seed = self.accelerator, self.plan.seed
         rank, world = accelerator.process_index, accelerator.num_processes
         torch.manual_seed(hash((seed, micro, rank)))  # of dropout
-        draws = Draws(
-            seed, step, len(batch["key"]), micro=micro, rank=rank, world=world, device=accelerator.device
-        )
+        draws = Draws(seed, step, len(batch["key"]), micro=micro, rank=rank, world=world, device=accelerator.device)
         return self.model(self._featured(batch), draws)
 
     @torch.no_grad()
@@ -211,8 +209,8 @@ class _Learner:
         told = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         saved = f"the last good state is in {self.state.checkpoint}" if self.state.saved else "nothing was saved yet"
         raise WuerstchenError(
-            f"step {step + 1} went wrong: loss {told}, gradient norm {norm:.4g}. Try a learning rate below "
-            f"{self.plan.learning_rate:g}, a longer warm-up than {self.plan.warm_up} or another mixed precision; {saved}"
+            f"step {step + 1} went wrong: loss {told}, gradient norm {norm:.4g}. Try a lower learning rate than "
+            f"{self.plan.learning_rate:g}, a longer warm-up than {self.plan.warm_up}, or another mixed precision; {saved}"
             + (f", of step {self.state.saved}" if self.state.saved else "")
         )
 

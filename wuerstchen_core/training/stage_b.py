@@ -53,7 +53,9 @@ class Options:
     p2_k: float = option(1.0, "weight 1 / (k + signal-to-noise ratio): the smaller, the more the noisiest times count")
     sample_count: int = option(4, "how many of the data's pictures samples show, each beside what is made of it")
     sample_steps: int = option(12, "for samples: steps of Stage B")
-    network: StageBConfig = option(StageBConfig(), "the network's sizes, where init is empty; latent_space is the compressor's")
+    network: StageBConfig = option(
+        StageBConfig(), "the network's sizes, where init is empty; latent_space is the compressor's"
+    )
     compressor: SemanticCompressorConfig = option(
         SemanticCompressorConfig(latent_space=LatentSpace(0.0, 1.0)),
         "a new compressor's sizes; stages are [fused, expansion, stride, channels, layers]",
@@ -101,7 +103,8 @@ def build(options: Options, data: DataOptions) -> "StageBTask":
             raise WuerstchenError(f"{name}: its latents have {theirs} channels, and Stage B is for {ours}")
     if network.config.latent_space != compressor.config.latent_space:
         raise WuerstchenError(
-            f"init: this Stage B is for {network.config.latent_space}, the compressor's is {compressor.config.latent_space}"
+            f"init: this Stage B is for {network.config.latent_space}, but the compressor's is "
+            f"{compressor.config.latent_space}"
         )
     task = StageBTask(network, compressor, stage_a, encoder, options, data)
     task.feature_files = (stage_a_file, *compressor_files, *text_files)

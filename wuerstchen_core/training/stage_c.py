@@ -66,9 +66,7 @@ def build(options: Options, data: DataOptions) -> "StageCTask":
     text_file, encoder = load_text_encoder(
         "text_encoder", options.text_encoder, network.config.text_width, "this Stage C"
     )
-    compressor_file = weight_file(
-        "semantic_compressor", options.semantic_compressor, files.SET["semantic_compressor"]
-    )
+    compressor_file = weight_file("semantic_compressor", options.semantic_compressor, files.SET["semantic_compressor"])
     compressor = files.load_semantic_compressor(compressor_file)
     channels = compressor.config.latent_channels, network.config.latent_channels
     if len(set(channels)) > 1:
@@ -152,6 +150,4 @@ class StageCTask(Task):
                 if not options.text_encoder_b
                 else files.load_text_encoder(Path(options.text_encoder_b), device),
             }
-        return Wuerstchen(
-            stage_c=self.network, text_encoder_c=encoder, semantic_compressor=compressor, **self.drawers
-        )
+        return Wuerstchen(stage_c=self.network, text_encoder_c=encoder, semantic_compressor=compressor, **self.drawers)

@@ -41,7 +41,9 @@ class RunState:
         self.saved = 0 if state is None else state["step"]
         steps = self.accelerator.gather(torch.tensor([self.saved], device=self.accelerator.device)).tolist()
         if len(set(steps)) > 1:
-            raise WuerstchenError(f"{self.folder}: not all processes see the same checkpoint: it must be on a shared disk")
+            raise WuerstchenError(
+                f"{self.folder}: not all processes see the same checkpoint: the folder must be on a disk that they share"
+            )
         if state is not None:
             _load(self.task, state["weights"], self.checkpoint)
             self._optimizer_state, self._scaler_state = state["optimizer"], state["scaler"]
@@ -132,7 +134,8 @@ class RunState:
             raise WuerstchenError(f"{self.checkpoint}: not a checkpoint that can be read ({error})") from error
         if task != type(self.task).__name__:
             raise WuerstchenError(
-                f"{self.checkpoint}: the checkpoint of a {task}, not of a {type(self.task).__name__}: train in another folder"
+                f"{self.checkpoint}: the checkpoint of a {task}, not of a {type(self.task).__name__}: train in another "
+                "folder"
             )
         return state
 
@@ -230,8 +233,8 @@ def _load(task: Task, weights: dict[str, Tensor], checkpoint: Path) -> None:
         here, there = (list(held[name].shape) if name in held else "missing" for held in (learned, weights))
         if here != there:
             raise WuerstchenError(
-                f"{checkpoint}: the checkpoint of another configuration: {name} is {there} there and {here} here. Train "
-                "with the configuration that it had, or in another folder"
+                f"{checkpoint}: the checkpoint of another configuration: {name} is {there} there and {here} here. "
+                "Train with the configuration that it had, or in another folder"
             )
     for name, tensor in learned.items():
         tensor.copy_(weights[name])
