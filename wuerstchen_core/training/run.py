@@ -134,7 +134,7 @@ def train(task: Task, plan: Plan, folder: str | Path, batches: Batches, cache: F
                 raise KeyboardInterrupt(
                     f"stopped after step {done}, which {state.checkpoint} has: the same command goes on from there"
                 )
-    accelerator.print(f"{folder}: done; {', '.join(path.name for path in state.exported)} can be loaded")
+    accelerator.print(f"{folder}: done; it has {', '.join(path.name for path in state.exported)}")
 
 
 @dataclass
