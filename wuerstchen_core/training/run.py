@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,7 +145,7 @@ class _Learner:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     plan: Plan
-    accelerator: "object"
+    accelerator: Any
     cache: FeatureCache | None
     state: RunState
     overflows: int = 0
