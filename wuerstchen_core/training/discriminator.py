@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
+
+MOST = 1e4  # times that the adversary's gradient is made longer, at most
 
 
 class PatchDiscriminator(nn.Module):
@@ -37,3 +38,31 @@ def discriminator_loss(real: Tensor, drawn: Tensor) -> Tensor:
 def adversarial_loss(drawn: Tensor) -> Tensor:
     """What the network that has drawn the patches is to lower, of their logits."""
     return -drawn.float().mean()
+
+
+class Balance(torch.autograd.Function):
+    """A drawn picture for the reconstruction losses, and again for the adversary, whose gradient is scaled on its way
+    back: by `weight`, and by how much longer the gradient of the former is, both at the weights of the last layer.
+
+    This is the adaptive weight of VQGAN (arXiv 2012.09841, equation 7) without a backward of its own: where the two
+    gradients meet, both are known. It is that of the micro-batch at hand, in each process.
+    """
+
+    @staticmethod
+    def forward(ctx, drawn: Tensor, hidden: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+        """drawn (B, 3, H, W), which is PixelShuffle of a 1x1 convolution of `hidden` (B, C, H / p, W / p)"""
+        ctx.save_for_backward(hidden)
+        ctx.weight = weight
+        return drawn.clone(), drawn.clone()
+
+    @staticmethod
+    def backward(ctx, reconstruction: Tensor, adversarial: Tensor) -> tuple[Tensor, None, None]:
+        (hidden,) = ctx.saved_tensors
+        ratio = _last_layer_norm(reconstruction, hidden) / (_last_layer_norm(adversarial, hidden) + 1e-6)
+        return reconstruction + ctx.weight * ratio.clamp(max=MOST) * adversarial, None, None
+
+
+def _last_layer_norm(gradient: Tensor, hidden: Tensor) -> Tensor:
+    """The length of the gradient of a 1x1 convolution's weights, from that of the picture that it drew."""
+    planes = F.pixel_unshuffle(gradient.float(), gradient.shape[-1] // hidden.shape[-1])
+    return torch.einsum("b o h w, b i h w -> o i", planes, hidden.float()).norm()

@@ -1,0 +1,213 @@
+"""Stage A's training: a VQGAN (arXiv 2012.09841) whose decoder also learns latents that are not quantized.
+
+Stage B draws unquantized latents, so a share of every batch is decoded as it was encoded; the rest is quantized, with
+its gradient passed straight through to the encoder (arXiv 1711.00937).
+"""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import WuerstchenError
+from ..models.blocks import to_rows
+from ..models.stage_a import VQGAN, StageAConfig
+from .discriminator import Balance, PatchDiscriminator, adversarial_loss, discriminator_loss
+from .draws import Draws
+from .losses import quantization_loss
+from .options import option
+from .perceptual import load_perceptual
+from .task import Task
+
+PICTURES = 64  # crops, the first ones of a run, are kept to measure the latents of
+SHOWN = 8  # of them are shown as samples
+
+
+@dataclass(frozen=True)
+class Options:
+    """What Stage A learns; the first ones are weights of losses, at 0 a loss is left out."""
+
+    l1: float = option(1.0, "weight of the reconstruction's mean absolute error")
+    mse: float = option(0.0, "weight of its mean squared error")
+    codebook: float = option(1.0, "weight of the codebook's loss, commitment included")
+    commitment: float = option(0.25, "how much the latents are drawn to the codebook, the reverse being 1")
+    perceptual: float = option(1.0, "weight of the perceptual loss, which needs perceptual_weights")
+    adversarial: float = option(0.5, "weight of the adversary's opinion")
+    adversarial_start: int = option(0, "step from which there is an adversary")
+    adversarial_adaptive: bool = option(
+        True, "the weight is relative: the adversary's gradient is made as long as the reconstruction's first"
+    )
+    discriminator_width: int = option(64, "channels of the adversary's first layer, a multiple of 4")
+    discriminator_layers: int = option(3, "how often the adversary's channels grow; with 3 a patch has 70x70 pixels")
+    perceptual_weights: str = option("", "file of torchvision's vgg16; without it there is no perceptual loss")
+    lpips_weights: str = option("", "file of LPIPS's weights for VGG16; without it its channels all count the same")
+    crop: int = option(256, "side in pixels of the crops that are learned from, a multiple of 4")
+    continuous: float = option(0.5, "share of the pictures that is decoded without being quantized")
+    revive_every: int = option(100, "every so many steps, vectors of the codebook that as many batches left unused move to where latents are")
+    measure_scale: bool = option(True, "the exported scale_factor gives latents unit variance; else it is network's")
+    network: StageAConfig = option(StageAConfig(), "the network")
+
+
+class StageA(Task):
+    """The VQGAN, its adversary, and the frozen network of the perceptual loss where its weights are at hand."""
+
+    def __init__(self, options: Options):
+        """Raises WuerstchenError where an option is out of range or the perceptual loss's file is none."""
+        super().__init__()
+        _check(options)
+        self.options = options
+        self.vqgan = VQGAN(options.network)
+        self.register_buffer("idle", torch.zeros(options.network.codebook_size, dtype=torch.int64))
+        self.register_buffer("pictures", torch.zeros(PICTURES, 3, options.crop, options.crop, dtype=torch.uint8))
+        self.register_buffer("kept", torch.tensor(0))
+        self.discriminator = None
+        if options.adversarial:
+            self.discriminator = PatchDiscriminator(options.discriminator_width, options.discriminator_layers)
+            self.leaves_out = options.adversarial_start > 0
+        if options.perceptual and options.perceptual_weights:
+            self.frozen = (load_perceptual(options.perceptual_weights, options.lpips_weights or None),)
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        """"reconstruction", "codebook" and, where there are such, "perceptual", "adversarial", "discriminator".
+
+        With an adaptive weight "adversarial" is shown without it: it is applied to the gradient.
+        """
+        if hasattr(self, "reshard"):
+            raise WuerstchenError("Stage A is not trained in shards, its codebook is written to: use DDP, not FSDP")
+        options = self.options
+        pictures = _crop(batch["image"], options.crop, draws.uniform(2))
+        latent = self.vqgan.encode(pictures).float()
+        if self.training:
+            if draws.step < PICTURES:
+                self._keep(pictures)
+            if draws.step % options.revive_every == 0:
+                self._revive(latent.detach(), draws)
+        quantized, indices = self.vqgan.quantize(latent)
+        if self.training:
+            self._count(indices)
+        is_quantized = draws.uniform(1, 1, 1) >= options.continuous
+        straight_through = latent + (quantized - latent).detach()
+        scale = self.vqgan.config.scale_factor
+        hidden = self.vqgan.up_blocks(torch.where(is_quantized, straight_through, latent) * scale)
+        drawn = self.vqgan.out_block(hidden).float()
+
+        losses = {"codebook": options.codebook * quantization_loss(latent * scale, quantized * scale, options.commitment)}
+        if self.discriminator is not None and draws.step >= options.adversarial_start:
+            drawn, adversarial = self._oppose(pictures, drawn, hidden)
+            losses |= adversarial
+        losses["reconstruction"] = options.l1 * F.l1_loss(drawn, pictures) + options.mse * F.mse_loss(drawn, pictures)
+        if self.frozen:
+            losses["perceptual"] = options.perceptual * self.frozen[0](drawn, pictures).mean()
+        return losses
+
+    def exported(self) -> dict[str, nn.Module]:
+        """The VQGAN; where its scale is to be measured, latents of the kept pictures have unit variance."""
+        if not self.options.measure_scale or self.kept == 0:
+            return {"stage_a": self.vqgan}
+        with torch.no_grad():
+            latents = torch.cat([self.vqgan.encode(part).float() for part in self._pictures().split(SHOWN)])
+        scale = latents.std().item() * self.vqgan.config.scale_factor
+        measured = copy.copy(self.vqgan)
+        measured.config = dataclasses.replace(self.vqgan.config, scale_factor=scale)
+        return {"stage_a": measured}
+
+    @torch.no_grad()
+    def samples(self) -> Tensor | None:
+        """Pictures, each beside what is decoded from its latent."""
+        if self.kept == 0:
+            return None
+        pictures = self._pictures()[:SHOWN]
+        drawn = self.vqgan.decode(self.vqgan.encode(pictures)).float().clamp(0, 1)
+        return rearrange([pictures, drawn], "two b c h w -> b h (two w) c")
+
+    def _oppose(self, pictures: Tensor, drawn: Tensor, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The drawn pictures as the other losses are to see them, and the adversary's losses.
+
+        The drawn pictures' gradient leaves the adversary as it is, and the adversary's leaves them as they are.
+        """
+        shown, weight = drawn, self.options.adversarial
+        if self.options.adversarial_adaptive:
+            (drawn, shown), weight = Balance.apply(drawn, hidden, weight), 1.0
+        fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        opinion = functional_call(self.discriminator, fixed, (shown,))
+        real, fake = self.discriminator(torch.cat([pictures, drawn.detach()])).chunk(2)
+        return drawn, {
+            "adversarial": weight * adversarial_loss(opinion),
+            "discriminator": discriminator_loss(real, fake),
+        }
+
+    @torch.no_grad()
+    def _count(self, indices: Tensor) -> None:
+        """For how many batches a vector of the codebook was not used, in any process."""
+        used = torch.zeros_like(self.idle)
+        used[indices.flatten()] = 1
+        if dist.is_initialized():
+            dist.all_reduce(used, dist.ReduceOp.MAX)
+        self.idle.add_(1).mul_(1 - used)
+
+    @torch.no_grad()
+    def _revive(self, latent: Tensor, draws: Draws) -> None:
+        """Idle vectors of the codebook take the places of random points of the latents, the same in all processes."""
+        codebook = self.vqgan.vquantizer.codebook.weight
+        idle = self.idle >= self.options.revive_every
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        each = -(-len(codebook) // (world * len(latent)))
+        points = to_rows(latent * self.vqgan.config.scale_factor).flatten(1, 2)
+        drawn = (draws.uniform(each) * points.shape[1]).long()
+        points = points.gather(1, drawn[..., None].expand(-1, -1, points.shape[2]))
+        if dist.is_initialized():
+            gathered = [torch.empty_like(points) for _ in range(world)]
+            dist.all_gather(gathered, points)
+            points = torch.cat(gathered)
+        codebook[idle] = rearrange(points, "b n c -> (n b) c")[: int(idle.sum())].to(codebook.dtype)
+        self.idle[idle] = 0
+
+    def _keep(self, pictures: Tensor) -> None:
+        kept = int(self.kept)
+        some = pictures[: PICTURES - kept]
+        self.pictures[kept : kept + len(some)] = (some * 255).round().byte()
+        self.kept += len(some)
+
+    def _pictures(self) -> Tensor:
+        return self.pictures[: int(self.kept)] / 255
+
+
+def build(options: Options, data) -> StageA:
+    return StageA(options)
+
+
+def _check(options: Options) -> None:
+    smallest = max(16, 3 * 2**options.discriminator_layers) if options.adversarial else 16
+    if options.crop < smallest or options.crop % 4:
+        raise WuerstchenError(f"crop is {options.crop}: it must be a multiple of 4, {smallest} or more")
+    if not 0 <= options.continuous <= 1:
+        raise WuerstchenError(f"continuous is {options.continuous}: it is a share, 0 to 1")
+    if options.revive_every < 1:
+        raise WuerstchenError(f"revive_every is {options.revive_every}: at least 1 is needed")
+    if options.discriminator_width < 4 or options.discriminator_width % 4:
+        raise WuerstchenError(f"discriminator_width is {options.discriminator_width}: it must be a multiple of 4")
+    if options.discriminator_layers < 1:
+        raise WuerstchenError(f"discriminator_layers is {options.discriminator_layers}: at least 1 is needed")
+    if options.lpips_weights and not options.perceptual_weights:
+        raise WuerstchenError("lpips_weights is given without perceptual_weights: it weights the features of vgg16")
+
+
+def _crop(pictures: Tensor, side: int, places: Tensor) -> Tensor:
+    """(B, 3, H, W), places (B, 2) in [0, 1) -> (B, 3, side, side), a crop of each picture at its place
+
+    Raises WuerstchenError where the pictures are smaller.
+    """
+    free = torch.tensor([have - side + 1 for have in pictures.shape[2:]], device=places.device)
+    if min(pictures.shape[2:]) < side:
+        height, width = pictures.shape[2:]
+        raise WuerstchenError(f"crop is {side}, but there are pictures of {width}x{height}: take {min(height, width)}")
+    start = (places * free).long()
+    rows, columns = (start[:, i, None] + torch.arange(side, device=places.device) for i in range(2))
+    batch = torch.arange(len(pictures), device=places.device)
+    return rearrange(pictures[batch[:, None, None], :, rows[:, :, None], columns[:, None]], "b h w c -> b c h w")
