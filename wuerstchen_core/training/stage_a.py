@@ -82,6 +82,7 @@ class StageA(Task):
             raise WuerstchenError("Stage A is not trained in shards, its codebook is written to: use DDP, not FSDP")
         options = self.options
         pictures = _crop(batch["image"], options.crop, draws.uniform(2))
+        is_quantized = draws.uniform(1, 1, 1) >= options.continuous
         latent = self.vqgan.encode(pictures).float()
         if self.training:
             if draws.step < PICTURES:
@@ -91,7 +92,6 @@ class StageA(Task):
         quantized, indices = self.vqgan.quantize(latent)
         if self.training:
             self._count(indices)
-        is_quantized = draws.uniform(1, 1, 1) >= options.continuous
         straight_through = latent + (quantized - latent).detach()
         scale = self.vqgan.config.scale_factor
         hidden = self.vqgan.up_blocks(torch.where(is_quantized, straight_through, latent) * scale)
