@@ -1,4 +1,4 @@
-"""The randomness of training: it follows from the number of a sample, not from the process, the device or a resumption."""
+"""The randomness of training: it follows from a sample's number, not from process, device or resumption."""
 
 import hashlib
 import random

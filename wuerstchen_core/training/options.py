@@ -45,7 +45,9 @@ class Listed(NamedTuple):
 
 
 def listed(*classes: type, prefix: str = "") -> Iterator[Listed]:
-    """All options of some dataclasses, those of tables after the table's name and a dot."""
+    """All options of some dataclasses, those of tables after the table's name and a dot.
+
+    Where they have no help of their own they get their table's."""
     for cls in classes:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -53,10 +55,10 @@ def listed(*classes: type, prefix: str = "") -> Iterator[Listed]:
                 continue
             default = field.default if field.default_factory is MISSING else field.default_factory()
             if dataclasses.is_dataclass(hints[field.name]):
-                inside = listed(hints[field.name], prefix=f"{prefix}{field.name}.")
-                for name, type_, own, help in inside:
+                about = field.metadata.get("help", "")
+                for name, type_, own, help in listed(hints[field.name], prefix=f"{prefix}{field.name}."):
                     path = name.removeprefix(prefix).split(".")[1:]
-                    yield Listed(name, type_, own if default is MISSING else _at(default, path), help)
+                    yield Listed(name, type_, own if default is MISSING else _at(default, path), help or about)
             else:
                 yield Listed(prefix + field.name, hints[field.name], default, field.metadata.get("help", ""))
 
@@ -140,7 +142,7 @@ def _checked(value: Any, type_: Any, where: str, default: Any = MISSING) -> Any:
         return type_(*(_checked(one, kind, where) for one, kind in zip(value, kinds)))
     if typing.get_origin(type_) is tuple:
         if not isinstance(value, list):
-            raise WuerstchenError(f"{where} is {value!r}: a list is needed, such as [1, 2] or [\"a\", \"b\"]")
+            raise WuerstchenError(f'{where} is {value!r}: a list is needed, such as [1, 2] or ["a", "b"]')
         return tuple(_checked(one, typing.get_args(type_)[0], where) for one in value)
     if typing.get_origin(type_) in (typing.Union, types.UnionType):
         type_ = next(kind for kind in typing.get_args(type_) if kind is not type(None))
