@@ -18,6 +18,7 @@ from torch.func import functional_call
 from ..errors import WuerstchenError
 from ..models.blocks import to_rows
 from ..models.stage_a import VQGAN, StageAConfig
+from .data_options import DataOptions
 from .discriminator import Balance, PatchDiscriminator, adversarial_loss, discriminator_loss
 from .draws import Draws
 from .losses import quantization_loss
@@ -25,8 +26,8 @@ from .options import option
 from .perceptual import load_perceptual
 from .task import Task
 
-PICTURES = 64  # crops, the first ones of a run, are kept to measure the latents of
-SHOWN = 8  # of them are shown as samples
+MEASURED = 64  # pictures, from whose latents the scale is
+SHOWN = 8  # pictures in samples
 
 
 @dataclass(frozen=True)
@@ -51,25 +52,40 @@ class Options:
     continuous: float = option(0.5, "share of the pictures that is decoded without being quantized")
     revive_every: int = option(100, "every so many steps, vectors of the codebook that as many batches left unused move to where latents are")
     measure_scale: bool = option(True, "the exported scale_factor gives latents unit variance; else it is network's")
-    network: StageAConfig = option(StageAConfig(), "the network")
+    network: StageAConfig = option(StageAConfig(), "the network's sizes; scale_factor where it is not measured")
+
+    def __post_init__(self):
+        smallest = max(16, 3 * 2**self.discriminator_layers) if self.adversarial else 16
+        if self.crop < smallest or self.crop % 4:
+            raise WuerstchenError(f"crop is {self.crop}: it must be a multiple of 4, {smallest} or more")
+        if not 0 <= self.continuous <= 1:
+            raise WuerstchenError(f"continuous is {self.continuous}: it must be from 0 to 1")
+        for name in ("l1", "mse", "codebook", "commitment", "perceptual", "adversarial", "adversarial_start"):
+            if getattr(self, name) < 0:
+                raise WuerstchenError(f"{name} is {getattr(self, name)}: it must be at least 0")
+        for name in ("revive_every", "discriminator_layers"):
+            if getattr(self, name) < 1:
+                raise WuerstchenError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.discriminator_width < 4 or self.discriminator_width % 4:
+            raise WuerstchenError(f"discriminator_width is {self.discriminator_width}: it must be a multiple of 4")
+        if self.lpips_weights and not self.perceptual_weights:
+            raise WuerstchenError("lpips_weights is given without perceptual_weights, whose features it weights")
 
 
 class StageA(Task):
     """The VQGAN, its adversary, and the frozen network of the perceptual loss where its weights are at hand."""
 
-    def __init__(self, options: Options):
-        """Raises WuerstchenError where an option is out of range or the perceptual loss's file is none."""
+    def __init__(self, options: Options, data: DataOptions):
+        """Raises WuerstchenError where a file of the perceptual loss's weights is none."""
         super().__init__()
-        _check(options)
-        self.options = options
+        self.options, self.data = options, data
         self.vqgan = VQGAN(options.network)
         self.register_buffer("idle", torch.zeros(options.network.codebook_size, dtype=torch.int64))
-        self.register_buffer("pictures", torch.zeros(PICTURES, 3, options.crop, options.crop, dtype=torch.uint8))
-        self.register_buffer("kept", torch.tensor(0))
         self.discriminator = None
         if options.adversarial:
             self.discriminator = PatchDiscriminator(options.discriminator_width, options.discriminator_layers)
             self.leaves_out = options.adversarial_start > 0
+        self.pictures: tuple[Tensor, ...] = ()
         if options.perceptual and options.perceptual_weights:
             self.frozen = (load_perceptual(options.perceptual_weights, options.lpips_weights or None),)
 
@@ -85,8 +101,6 @@ class StageA(Task):
         is_quantized = draws.uniform(1, 1, 1) >= options.continuous
         latent = self.vqgan.encode(pictures).float()
         if self.training:
-            if draws.step < PICTURES:
-                self._keep(pictures)
             if draws.step % options.revive_every == 0:
                 self._revive(latent.detach(), draws)
         quantized, indices = self.vqgan.quantize(latent)
@@ -106,25 +120,30 @@ class StageA(Task):
             losses["perceptual"] = options.perceptual * self.frozen[0](drawn, pictures).mean()
         return losses
 
+    @torch.no_grad()
     def exported(self) -> dict[str, nn.Module]:
-        """The VQGAN; where its scale is to be measured, latents of the kept pictures have unit variance."""
-        if not self.options.measure_scale or self.kept == 0:
+        """The VQGAN; where its scale is to be measured, the data's latents have about unit variance."""
+        if not self.options.measure_scale:
             return {"stage_a": self.vqgan}
-        with torch.no_grad():
-            latents = torch.cat([self.vqgan.encode(part).float() for part in self._pictures().split(SHOWN)])
-        scale = latents.std().item() * self.vqgan.config.scale_factor
+        parts = self._first_pictures().split(SHOWN)
+        latents = torch.cat([self.vqgan.encode(part.to(self.idle.device)).float() for part in parts])
         measured = copy.copy(self.vqgan)
+        scale = latents.std().item() * self.vqgan.config.scale_factor
         measured.config = dataclasses.replace(self.vqgan.config, scale_factor=scale)
         return {"stage_a": measured}
 
-    @torch.no_grad()
-    def samples(self) -> Tensor | None:
-        """Pictures, each beside what is decoded from its latent."""
-        if self.kept == 0:
-            return None
-        pictures = self._pictures()[:SHOWN]
-        drawn = self.vqgan.decode(self.vqgan.encode(pictures)).float().clamp(0, 1)
-        return rearrange([pictures, drawn], "two b c h w -> b h (two w) c")
+    def samples(self) -> Tensor:
+        """The data's first pictures, each beside what is decoded from its latent."""
+        pictures = self._first_pictures()[:SHOWN].to(self.idle.device)
+        drawn = self.vqgan.decode(self.vqgan.encode(pictures)).clamp(0, 1)
+        return rearrange([pictures, drawn], "two b c h w -> (b two) h w c")
+
+    def _first_pictures(self) -> Tensor:
+        if not self.pictures:
+            count = MEASURED if self.options.measure_scale else SHOWN
+            data = dataclasses.replace(self.data, batch=count, buckets=False, workers=0, cache="")
+            self.pictures = (next(data.open(seed=0))["image"],)
+        return self.pictures[0]
 
     def _oppose(self, pictures: Tensor, drawn: Tensor, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The drawn pictures as the other losses are to see them, and the adversary's losses.
@@ -168,34 +187,12 @@ class StageA(Task):
         codebook[idle] = rearrange(points, "b n c -> (n b) c")[: int(idle.sum())].to(codebook.dtype)
         self.idle[idle] = 0
 
-    def _keep(self, pictures: Tensor) -> None:
-        kept = int(self.kept)
-        some = pictures[: PICTURES - kept]
-        self.pictures[kept : kept + len(some)] = (some * 255).round().byte()
-        self.kept += len(some)
 
-    def _pictures(self) -> Tensor:
-        return self.pictures[: int(self.kept)] / 255
-
-
-def build(options: Options, data) -> StageA:
-    return StageA(options)
-
-
-def _check(options: Options) -> None:
-    smallest = max(16, 3 * 2**options.discriminator_layers) if options.adversarial else 16
-    if options.crop < smallest or options.crop % 4:
-        raise WuerstchenError(f"crop is {options.crop}: it must be a multiple of 4, {smallest} or more")
-    if not 0 <= options.continuous <= 1:
-        raise WuerstchenError(f"continuous is {options.continuous}: it is a share, 0 to 1")
-    if options.revive_every < 1:
-        raise WuerstchenError(f"revive_every is {options.revive_every}: at least 1 is needed")
-    if options.discriminator_width < 4 or options.discriminator_width % 4:
-        raise WuerstchenError(f"discriminator_width is {options.discriminator_width}: it must be a multiple of 4")
-    if options.discriminator_layers < 1:
-        raise WuerstchenError(f"discriminator_layers is {options.discriminator_layers}: at least 1 is needed")
-    if options.lpips_weights and not options.perceptual_weights:
-        raise WuerstchenError("lpips_weights is given without perceptual_weights: it weights the features of vgg16")
+def build(options: Options, data: DataOptions) -> StageA:
+    """Raises WuerstchenError where a file is none, or the data's pictures are too small to crop."""
+    if data.size % 4 or data.size < options.crop:
+        raise WuerstchenError(f"size is {data.size}: it must be a multiple of 4, and at least crop ({options.crop})")
+    return StageA(options, data)
 
 
 def _crop(pictures: Tensor, side: int, places: Tensor) -> Tensor:
