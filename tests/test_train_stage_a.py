@@ -5,19 +5,25 @@ import dataclasses
 import multiprocessing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
 
 import wuerstchen_core as w
+from wuerstchen_core import cli
 from wuerstchen_core.models.stage_a import VQGAN, StageAConfig
+from wuerstchen_core.training import command, mini, options
+from wuerstchen_core.training.data_options import DataOptions
 from wuerstchen_core.training.discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss
 from wuerstchen_core.training.draws import Draws
 from wuerstchen_core.training.perceptual import load_perceptual
-from wuerstchen_core.training.stage_a import Options, StageA, build
+from wuerstchen_core.training.run import Plan
+from wuerstchen_core.training.stage_a import Options, build
 
 TINY = Options(
     network=StageAConfig(widths=(8, 16), bottleneck_blocks=1, codebook_size=24, scale_factor=0.5),
@@ -27,10 +33,13 @@ TINY = Options(
 )
 
 
-def tiny(**changes):
+DATA = DataOptions(data="pictures", size=64, batch=3, workers=0, buckets=False)
+
+
+def tiny(data=DATA, **changes):
     """A task with random gates, as after some training, whose encoder is told from its decoder by both losses."""
     torch.manual_seed(0)
-    task = build(dataclasses.replace(TINY, **changes), None)
+    task = build(dataclasses.replace(TINY, **changes), data)
     with torch.no_grad():
         for name, parameter in task.named_parameters():
             if name.endswith("gammas"):
@@ -347,46 +356,47 @@ def test_losses_are_float32_under_mixed_precision(vgg):
     assert all(parameter.grad.isfinite().all() for parameter in task.parameters())
 
 
-def test_exported_latents_have_unit_variance_and_pictures_stay(tmp_path):
-    task = tiny(continuous=1.0)
-    for step in range(25):
-        task(batch(seed=step), at(step))
-    assert task.kept == 64
-    task.eval()
-    expected = torch.cat([crops(pictures(seed=step), at(step), 24) for step in range(22)])[:64]
-    torch.testing.assert_close(task._pictures(), expected, rtol=0, atol=0.5 / 255 + 1e-6)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten pictures of 96x80."""
+    made = tmp_path_factory.mktemp("pictures")
+    for i, picture in enumerate(pictures(10, 80, 96)):
+        Image.fromarray((picture.permute(1, 2, 0) * 255).byte().numpy()).save(made / f"{i}.png")
+    return made
+
+
+def test_exported_latents_have_unit_variance_and_pictures_stay(folder, tmp_path):
+    data = dataclasses.replace(DATA, data=str(folder))
+    task = tiny(data).eval()
     (path,) = task.export(tmp_path, torch.float32)
     exported = w.load_stage_a(path)
     assert path.name == "stage_a.safetensors" and exported.config.codebook_size == 24
     assert task.vqgan.config.scale_factor == 0.5 != exported.config.scale_factor
+    seen = next(dataclasses.replace(data, batch=64).open(seed=0))["image"]
     with torch.no_grad():
-        latents = exported.encode(task._pictures())
-        torch.testing.assert_close(exported.decode(latents), task.vqgan.decode(task.vqgan.encode(task._pictures())))
+        latents = exported.encode(seen)
+        torch.testing.assert_close(exported.decode(latents), task.vqgan.decode(task.vqgan.encode(seen)))
     assert latents.std().item() == pytest.approx(1, abs=1e-4)
-
-    task = tiny(measure_scale=False)
-    task(batch(), at())
-    assert w.load_stage_a(task.eval().export(tmp_path, torch.float16)[0]).config.scale_factor == 0.5
-
-
-def test_samples_are_the_first_pictures_each_beside_its_reconstruction_also_after_resuming():
-    task = tiny()
-    assert task.samples() is None and task.exported()["stage_a"] is task.vqgan
-    for step in range(4):
-        task(batch(seed=step), at(step))
-    task.eval()
-    samples = task.samples()
-    assert samples.shape == (8, 24, 48, 3) and samples.min() >= 0 and samples.max() <= 1
-    first = crops(pictures(seed=0), at(0), 24).permute(0, 2, 3, 1)
-    torch.testing.assert_close(samples[:3, :, :24], first, rtol=0, atol=0.5 / 255 + 1e-6)
+    every = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255 for file in folder.iterdir()])
     with torch.no_grad():
-        drawn = task.vqgan.decode(task.vqgan.encode(task._pictures()[:1])).clamp(0, 1).permute(0, 2, 3, 1)
-    torch.testing.assert_close(samples[:1, :, 24:], drawn)
+        assert exported.encode(every).std().item() == pytest.approx(1, abs=0.1)
 
-    resumed = tiny()
-    resumed.load_state_dict(task.state_dict())
-    resumed(batch(seed=9), at(4))
-    assert torch.equal(resumed.eval().samples()[:, :, :24], samples[:, :, :24])
+    fixed = tiny(data, measure_scale=False).eval()
+    assert w.load_stage_a(fixed.export(tmp_path, torch.float16)[0]).config.scale_factor == 0.5
+
+
+def test_samples_are_the_same_pictures_each_beside_its_reconstruction(folder):
+    task = tiny(dataclasses.replace(DATA, data=str(folder), buckets=True), crop=64).eval()
+    with torch.no_grad():
+        samples = task.samples()
+        assert samples.shape == (16, 64, 64, 3) and samples.min() >= 0 and samples.max() <= 1
+        drawn = task.vqgan.decode(task.vqgan.encode(samples[::2].permute(0, 3, 1, 2)))
+    torch.testing.assert_close(samples[1::2], drawn.clamp(0, 1).permute(0, 2, 3, 1))
+    originals = samples[::2]
+    assert len(originals.flatten(1).unique(dim=0)) == 8
+    with torch.no_grad():
+        task.vqgan.out_block[0].bias += 0.1
+        assert torch.equal(task.samples()[::2], originals) and not torch.equal(task.samples(), samples)
 
 
 @pytest.mark.parametrize(
@@ -407,9 +417,11 @@ def test_options_out_of_range_are_named(changes, told):
         tiny(**changes)
 
 
-def test_pictures_smaller_than_the_crop_are_named():
-    with pytest.raises(w.WuerstchenError, match="crop is 24, but there are pictures of 40x16: take 16"):
-        tiny()(batch(height=16), at())
+@pytest.mark.parametrize("changes", [{"size": 20}, {"size": 66}, {"size": 256, "buckets": True, "crop": 256}])
+def test_pictures_that_can_not_be_cropped_are_told_of_before_the_first_step(changes):
+    crop = changes.pop("crop", 24)
+    with pytest.raises(w.WuerstchenError, match=f"size is {changes['size']}: it must be a multiple of 4, .*crop"):
+        tiny(dataclasses.replace(DATA, **changes), crop=crop)
 
 
 def trained(task, parameters, rate, steps):
@@ -435,3 +447,41 @@ def test_the_adversary_learns_to_tell_drawn_pictures():
     task = tiny()
     losses = trained(task, task.discriminator.parameters(), 3e-3, 30)
     assert losses["discriminator"][0] > 0.9 and losses["discriminator"][-1] < 0.5
+
+
+def train(folder, vgg, run, *more):
+    """The tiny network by the command line, with all that a resumption could get wrong."""
+    options = {
+        "config": "mini", "data": folder, "folder": run, "size": 64, "batch": 3, "workers": 0, "warm_up": 0,
+        "cool_down": 0, "crop": 24, "adversarial_start": 4, "revive_every": 2, "discriminator_width": 4,
+        "network.widths": "[8, 16]", "network.bottleneck_blocks": 1, "network.codebook_size": 24, "ema_every": 2,
+        "sample_every": 3, "accumulate": 2, "perceptual_weights": vgg[0],
+    }  # fmt: skip
+    given = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return cli.main(["train", "stage-a", *given, *more])
+
+
+def test_the_command_trains_and_goes_on_as_if_never_stopped(folder, vgg, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(folder, vgg, whole, "--steps", "6") == 0
+    assert train(folder, vgg, parts, "--steps", "3") == 0
+    assert w.load_stage_a(parts / "stage_a.safetensors").config.widths == (8, 16)
+    assert train(folder, vgg, parts, "--steps", "6") == 0
+    ours, theirs = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (parts, whole))
+    for kept in ("weights", "averaged"):
+        assert ours[kept].keys() == theirs[kept].keys()
+        assert all(torch.equal(ours[kept][name], value) for name, value in theirs[kept].items())
+    assert any(name.startswith("discriminator") for name in theirs["optimizer"])
+    assert not any(name.startswith("frozen") for name in theirs["weights"])
+    assert (parts / "stage_a.safetensors").read_bytes() == (whole / "stage_a.safetensors").read_bytes()
+    assert Image.open(whole / "samples" / "0000006.png").size == (4 * 68 + 4, 4 * 68 + 4)
+    exported = w.load_stage_a(whole / "stage_a.safetensors")
+    assert exported.config.scale_factor != 1 and exported.decode(exported.encode(pictures())).shape == (3, 3, 32, 40)
+
+
+def test_shipped_configurations_say_all_there_is_and_v2_is_the_released_network():
+    classes = (command.RunOptions, DataOptions, Plan, Options)
+    for name, network in (("mini", mini.STAGE_A), ("v2", StageAConfig())):
+        table = options.load(command.CONFIGS / name / "stage_a.toml")
+        assert options.read_all(classes, table, name)[-1].network == network
+        assert table.keys() == {field.name for cls in classes for field in dataclasses.fields(cls)}

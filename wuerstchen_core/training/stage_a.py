@@ -18,6 +18,7 @@ from torch.func import functional_call
 from ..errors import WuerstchenError
 from ..models.blocks import to_rows
 from ..models.stage_a import VQGAN, StageAConfig
+from .buckets import bucket_sizes
 from .data_options import DataOptions
 from .discriminator import Balance, PatchDiscriminator, adversarial_loss, discriminator_loss
 from .draws import Draws
@@ -40,9 +41,9 @@ class Options:
     commitment: float = option(0.25, "how much the latents are drawn to the codebook, the reverse being 1")
     perceptual: float = option(1.0, "weight of the perceptual loss, which needs perceptual_weights")
     adversarial: float = option(0.5, "weight of the adversary's opinion")
-    adversarial_start: int = option(0, "step from which there is an adversary")
+    adversarial_start: int = option(0, "step from which there is an adversary; before, it costs nothing")
     adversarial_adaptive: bool = option(
-        True, "the weight is relative: the adversary's gradient is made as long as the reconstruction's first"
+        True, "first of all make the adversary's gradient as long as the reconstruction's, as VQGAN does"
     )
     discriminator_width: int = option(64, "channels of the adversary's first layer, a multiple of 4")
     discriminator_layers: int = option(3, "how often the adversary's channels grow; with 3 a patch has 70x70 pixels")
@@ -50,7 +51,7 @@ class Options:
     lpips_weights: str = option("", "file of LPIPS's weights for VGG16; without it its channels all count the same")
     crop: int = option(256, "side in pixels of the crops that are learned from, a multiple of 4")
     continuous: float = option(0.5, "share of the pictures that is decoded without being quantized")
-    revive_every: int = option(100, "every so many steps, vectors of the codebook that as many batches left unused move to where latents are")
+    revive_every: int = option(100, "steps; vectors of the codebook unused in as many move to where latents are")
     measure_scale: bool = option(True, "the exported scale_factor gives latents unit variance; else it is network's")
     network: StageAConfig = option(StageAConfig(), "the network's sizes; scale_factor where it is not measured")
 
@@ -100,9 +101,8 @@ class StageA(Task):
         pictures = _crop(batch["image"], options.crop, draws.uniform(2))
         is_quantized = draws.uniform(1, 1, 1) >= options.continuous
         latent = self.vqgan.encode(pictures).float()
-        if self.training:
-            if draws.step % options.revive_every == 0:
-                self._revive(latent.detach(), draws)
+        if self.training and draws.step % options.revive_every == 0:
+            self._revive(latent.detach(), draws)
         quantized, indices = self.vqgan.quantize(latent)
         if self.training:
             self._count(indices)
@@ -190,20 +190,19 @@ class StageA(Task):
 
 def build(options: Options, data: DataOptions) -> StageA:
     """Raises WuerstchenError where a file is none, or the data's pictures are too small to crop."""
-    if data.size % 4 or data.size < options.crop:
-        raise WuerstchenError(f"size is {data.size}: it must be a multiple of 4, and at least crop ({options.crop})")
+    sizes = bucket_sizes(data.size) if data.buckets else [(data.size, data.size)]
+    smallest = min(map(min, sizes))
+    if data.size % 4 or smallest < options.crop:
+        raise WuerstchenError(
+            f"size is {data.size}: it must be a multiple of 4, and the pictures' sides, {smallest} or more, no shorter "
+            f"than crop ({options.crop})"
+        )
     return StageA(options, data)
 
 
 def _crop(pictures: Tensor, side: int, places: Tensor) -> Tensor:
-    """(B, 3, H, W), places (B, 2) in [0, 1) -> (B, 3, side, side), a crop of each picture at its place
-
-    Raises WuerstchenError where the pictures are smaller.
-    """
+    """(B, 3, H, W), places (B, 2) in [0, 1) -> (B, 3, side, side), a crop of each picture at its place"""
     free = torch.tensor([have - side + 1 for have in pictures.shape[2:]], device=places.device)
-    if min(pictures.shape[2:]) < side:
-        height, width = pictures.shape[2:]
-        raise WuerstchenError(f"crop is {side}, but there are pictures of {width}x{height}: take {min(height, width)}")
     start = (places * free).long()
     rows, columns = (start[:, i, None] + torch.arange(side, device=places.device) for i in range(2))
     batch = torch.arange(len(pictures), device=places.device)
