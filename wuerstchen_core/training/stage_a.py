@@ -15,16 +15,18 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..checkpoints import files
 from ..errors import WuerstchenError
 from ..models.blocks import to_rows
 from ..models.stage_a import VQGAN, StageAConfig
 from .buckets import bucket_sizes
+from .conditioning import copied, weight_file
 from .data_options import DataOptions
 from .discriminator import Balance, PatchDiscriminator, adversarial_loss, discriminator_loss
 from .draws import Draws
 from .losses import quantization_loss
 from .options import option
-from .perceptual import load_perceptual
+from .perceptual import PerceptualDistance, load_perceptual
 from .task import Task
 
 MEASURED = 64  # pictures, from whose latents the scale is
@@ -47,13 +49,14 @@ class Options:
     )
     discriminator_width: int = option(64, "channels of the adversary's first layer, a multiple of 4")
     discriminator_layers: int = option(3, "how often the adversary's channels grow; with 3 a patch has 70x70 pixels")
-    perceptual_weights: str = option("", "file of torchvision's vgg16; without it there is no perceptual loss")
-    lpips_weights: str = option("", "file of LPIPS's weights for VGG16; without it its channels all count the same")
+    perceptual_weights: str = option("", "torchvision's file of vgg16; empty: no perceptual loss")
+    lpips_weights: str = option("", "LPIPS's own file for VGG16; empty: all its channels count the same")
     crop: int = option(256, "side in pixels of the crops that are learned from, a multiple of 4")
     continuous: float = option(0.5, "share of the pictures that is decoded without being quantized")
     revive_every: int = option(100, "steps; vectors of the codebook unused in as many move to where latents are")
+    init: str = option("", "a Stage A to go on from, in any layout; [network] is its own then")
     measure_scale: bool = option(True, "the exported scale_factor gives latents unit variance; else it is network's")
-    network: StageAConfig = option(StageAConfig(), "the network's sizes; scale_factor where it is not measured")
+    network: StageAConfig = option(StageAConfig(), "the network's sizes, where init is empty")
 
     def __post_init__(self):
         smallest = max(16, 3 * 2**self.discriminator_layers) if self.adversarial else 16
@@ -76,22 +79,20 @@ class Options:
 class StageA(Task):
     """The VQGAN, its adversary, and the frozen network of the perceptual loss where its weights are at hand."""
 
-    def __init__(self, options: Options, data: DataOptions):
-        """Raises WuerstchenError where a file of the perceptual loss's weights is none."""
+    def __init__(self, vqgan: VQGAN, perceptual: PerceptualDistance | None, options: Options, data: DataOptions):
         super().__init__()
         self.options, self.data = options, data
-        self.vqgan = VQGAN(options.network)
-        self.register_buffer("idle", torch.zeros(options.network.codebook_size, dtype=torch.int64))
+        self.vqgan = vqgan
+        self.register_buffer("idle", torch.zeros(vqgan.config.codebook_size, dtype=torch.int64))
         self.discriminator = None
         if options.adversarial:
             self.discriminator = PatchDiscriminator(options.discriminator_width, options.discriminator_layers)
             self.leaves_out = options.adversarial_start > 0
+        self.frozen = () if perceptual is None else (perceptual,)
         self.pictures: tuple[Tensor, ...] = ()
-        if options.perceptual and options.perceptual_weights:
-            self.frozen = (load_perceptual(options.perceptual_weights, options.lpips_weights or None),)
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
-        """"reconstruction", "codebook" and, where there are such, "perceptual", "adversarial", "discriminator".
+        """The losses "reconstruction", "codebook" and, where there are such, "perceptual", "adversarial", "discriminator".
 
         With an adaptive weight "adversarial" is shown without it: it is applied to the gradient.
         """
@@ -111,7 +112,8 @@ class StageA(Task):
         hidden = self.vqgan.up_blocks(torch.where(is_quantized, straight_through, latent) * scale)
         drawn = self.vqgan.out_block(hidden).float()
 
-        losses = {"codebook": options.codebook * quantization_loss(latent * scale, quantized * scale, options.commitment)}
+        codebook_loss = quantization_loss(latent * scale, quantized * scale, options.commitment)
+        losses = {"codebook": options.codebook * codebook_loss}
         if self.discriminator is not None and draws.step >= options.adversarial_start:
             drawn, adversarial = self._oppose(pictures, drawn, hidden)
             losses |= adversarial
@@ -197,7 +199,22 @@ def build(options: Options, data: DataOptions) -> StageA:
             f"size is {data.size}: it must be a multiple of 4, and the pictures' sides, {smallest} or more, no shorter "
             f"than crop ({options.crop})"
         )
-    return StageA(options, data)
+    if options.init:
+        vqgan = copied(files.load_stage_a(weight_file("init", options.init, files.SET["stage_a"])))
+    else:
+        vqgan = VQGAN(options.network)
+    return StageA(vqgan, _perceptual(options), options, data)
+
+
+def _perceptual(options: Options) -> PerceptualDistance | None:
+    if not (options.perceptual and options.perceptual_weights):
+        return None
+    try:
+        return load_perceptual(options.perceptual_weights, options.lpips_weights or None)
+    except WuerstchenError as error:
+        raise WuerstchenError(
+            f"perceptual_weights: {error}; --perceptual-weights '' --lpips-weights '' leaves the perceptual loss out"
+        ) from error
 
 
 def _crop(pictures: Tensor, side: int, places: Tensor) -> Tensor:
