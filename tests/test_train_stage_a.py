@@ -267,9 +267,10 @@ def test_idle_vectors_move_to_where_latents_are():
     for step in range(3):
         task(batch(), at(step))
         task.eval()
-        task(batch(), at(step))  # neither counts nor revives
+        task(batch(), at(step))
+        task(batch(), at(3))
         task.train()
-    assert torch.equal(codes, start)
+    assert torch.equal(codes, start)  # in eval mode nothing is counted or revived
     idle = task.idle.clone()
     assert (idle[4:] == 3).all() and idle[:4].min() == 0
 

@@ -92,7 +92,7 @@ class StageA(Task):
         self.pictures: tuple[Tensor, ...] = ()
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
-        """The losses "reconstruction", "codebook" and, where there are such, "perceptual", "adversarial", "discriminator".
+        """The losses "reconstruction", "codebook" and, where they apply, "perceptual", "adversarial", "discriminator".
 
         With an adaptive weight "adversarial" is shown without it: it is applied to the gradient.
         """
