@@ -13,6 +13,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 # Stage -> the module with its `Options` and `build`, and what the help says.
 STAGES = {
+    "stage-a": ("stage_a", "Stage A, from pictures to latents and back, against an adversary"),
     "stage-b": ("stage_b", "Stage B, from semantic latents to Stage A's, and the semantic compressor with it"),
     "stage-c": ("stage_c", "Stage C, from text to semantic latents"),
 }
