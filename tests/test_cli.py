@@ -145,5 +145,5 @@ def test_help_lists_the_commands(capsys):
     assert exit.value.code == 0
     told = capsys.readouterr().out
     assert all(
-        command in told for command in ("generate", "data", "train", "evaluate", "inspect", "convert", "benchmark")
+        command in told for command in ("generate", "data", "train", "evaluate", "inspect", "convert", "benchmark", "cost")
     )
