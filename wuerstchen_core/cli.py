@@ -7,11 +7,15 @@ from pathlib import Path
 
 from .atomic import replacing
 from .errors import WuerstchenError
+from .training import command as training
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; an error that the user can mend is one line and exit status 2."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, options.rest = parser.parse_known_args(arguments)
+    if options.rest and "stage" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
     try:
         options.run(options)
     except WuerstchenError as error:
@@ -20,8 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"wuerstchen: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("wuerstchen: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"wuerstchen: {stop or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 
@@ -87,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         "--only", metavar="NETWORK", help="stage_a, semantic_compressor, text_encoder, stage_b or stage_c"
     )
     mini.add_argument("--steps", type=int, metavar="N", help="instead of the recipe's")
+    for stage, (_, what) in training.STAGES.items():
+        command = _command(train, stage, _train_stage, f"{what}; --help lists its options", add_help=False)
+        command.set_defaults(stage=stage)
 
     evaluate = _command(commands, "evaluate", _evaluate, "measure a model on the emoji data set")
     evaluate.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
@@ -134,8 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+def _command(commands, name: str, run, help: str, add_help: bool = True) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", add_help=add_help)
     parser.set_defaults(run=run)
     return parser
 
@@ -276,6 +283,10 @@ def _train_mini(options: argparse.Namespace) -> None:
     from .training.mini import train_mini
 
     train_mini(options.data, options.work, options.only, options.steps)
+
+
+def _train_stage(options: argparse.Namespace) -> None:
+    training.run(options.stage, options.rest)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

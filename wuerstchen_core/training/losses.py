@@ -12,22 +12,29 @@ LARGEST_ERROR = 20.0
 
 def training_times(count: int) -> Tensor:
     """(count,) times: uniform on (0, 1], a little more often exactly 1."""
-    return ((1 - torch.rand(count)) * 1.08 + 0.001).clamp(0.001, 1.0)
+    return times_of(torch.rand(count))
 
 
-def diffusion_loss(model, clean: Tensor, k: float = 1.0) -> Tensor:
+def times_of(uniform: Tensor) -> Tensor:
+    """Numbers that are uniform in [0, 1) -> training times."""
+    return ((1 - uniform) * 1.08 + 0.001).clamp(0.001, 1.0)
+
+
+def diffusion_loss(
+    model, clean: Tensor, k: float = 1.0, t: Tensor | None = None, noise: Tensor | None = None
+) -> Tensor:
     """Squared error of the predicted noise, weighted by 1 / (k + signal-to-noise ratio) (P2, arXiv 2204.00227).
 
     The smaller `k`, the more the times count at which there is little but noise, and the text must tell what to draw.
 
-    `model(x, t)` predicts the noise in x (B, ...) at times t (B,); `clean` (B, ...) is what it should find. A sample
-    whose mean squared error is above LARGEST_ERROR teaches nothing.
+    `model(x, t)` predicts the noise in x (B, ...) at times t (B,); `clean` (B, ...) is what it should find. Times and
+    noise are drawn where they are not given. A sample whose mean squared error is above LARGEST_ERROR teaches nothing.
     """
-    t = training_times(len(clean))
-    noise = torch.randn_like(clean)
+    t = training_times(len(clean)) if t is None else t
+    noise = torch.randn_like(clean) if noise is None else noise
     signal = alpha_bar(t)
-    error = (model(add_noise(clean, noise, t), t) - noise).square().flatten(1).mean(dim=1).clamp(max=LARGEST_ERROR)
-    return (error / (k + signal / (1 - signal))).mean()
+    error = (model(add_noise(clean, noise, t), t).float() - noise).square().flatten(1).mean(dim=1)
+    return (error.clamp(max=LARGEST_ERROR) / (k + signal / (1 - signal))).mean()
 
 
 def contrastive_loss(texts: Tensor, pictures: Tensor, scale: Tensor, same: Tensor) -> Tensor:

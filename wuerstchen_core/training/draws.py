@@ -1,0 +1,44 @@
+"""The randomness of training: it follows from a sample's number, not from process, device or resumption."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Draws:
+    """What is random in one micro-batch: a generator for each sample, seeded with the run's seed and its number.
+
+    Two processes with half the batch each draw what one with the whole batch draws.
+    """
+
+    def __init__(self, seed: int, step: int, batch: int, *, micro: int | None = None, rank: int = 0, world: int = 1,
+                 device: str | torch.device = "cpu"):  # fmt: skip
+        """`micro` counts micro-batches from the beginning of the run (the step, where they are the same)."""
+        self.step = step
+        self.device = torch.device(device)
+        micro = step if micro is None else micro
+        first = (micro * world + rank) * batch
+        self._generators = [_generator(seed, first + j) for j in range(batch)]
+        self.common = random.Random(f"micro-batch {seed} {micro}")  # the same in all processes
+
+    def __len__(self) -> int:
+        return len(self._generators)
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """(B, *shape) float32, standard normal; drawn on the CPU, given on the device."""
+        return self._drawn(torch.randn, shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """(B, *shape) float32 in [0, 1)"""
+        return self._drawn(torch.rand, shape)
+
+    def _drawn(self, draw, shape: Sequence[int]) -> Tensor:
+        return torch.stack([draw(tuple(shape), generator=one) for one in self._generators]).to(self.device)
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"sample {seed} {number}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -1,0 +1,153 @@
+"""The training of Stage C (paper section 3): diffusion in the semantic compressor's space, from text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import files
+from ..errors import WuerstchenError
+from ..geometry import Geometry
+from ..models.semantic_compressor import SemanticCompressor
+from ..models.stage_c import Prior, StageCConfig
+from ..models.text_encoder import TextEncoder
+from ..pipeline import Wuerstchen
+from .conditioning import (
+    check_size,
+    compressor_input,
+    copied,
+    drop_captions,
+    encode_captions,
+    load_text_encoder,
+    weight_file,
+)
+from .data_options import DataOptions
+from .draws import Draws
+from .initialise import initialise
+from .losses import diffusion_loss, times_of
+from .options import option
+from .task import Task
+
+
+@dataclass(frozen=True)
+class Options:
+    text_encoder: str = option("mini", "the text encoder's file; mini: the embedded one")
+    semantic_compressor: str = option("mini", "the semantic compressor's file; mini: the embedded one")
+    init: str = option("", "a Stage C to go on from, in any layout; [network] is its own then")
+    caption_drop: float = option(0.05, "share of captions replaced by the empty one, which guidance needs")
+    noise_levels: int = option(1, "at how many noise levels a step sees each picture; they share its text's keys")
+    p2_k: float = option(1.0, "weight 1 / (k + signal-to-noise ratio): the smaller, the more the noisiest times count")
+    prompts: tuple[str, ...] = option((), "texts that samples are drawn of; none, no samples")
+    stage_a: str = option("mini", "for samples: Stage A's file; mini: the embedded one")
+    stage_b: str = option("mini", "for samples: Stage B's file; mini: the embedded one")
+    text_encoder_b: str = option("", "for samples: Stage B's text encoder; empty: Stage C's")
+    sample_steps: int = option(30, "for samples: steps of Stage C")
+    sample_cfg: float = option(4.0, "for samples: guidance of Stage C")
+    network: StageCConfig = option(StageCConfig(), "the network's sizes, where init is empty")
+
+    def __post_init__(self):
+        if not 0 <= self.caption_drop <= 1:
+            raise WuerstchenError(f"caption_drop is {self.caption_drop}: it must be from 0 to 1")
+        if self.noise_levels < 1 or self.sample_steps < 1:
+            raise WuerstchenError("noise_levels and sample_steps must be at least 1")
+        if self.p2_k <= 0:
+            raise WuerstchenError(f"p2_k is {self.p2_k}: it must be above 0")
+
+
+def build(options: Options, data: DataOptions) -> "StageCTask":
+    """Raises WuerstchenError where a file is missing or does not fit the others."""
+    check_size(data.size)
+    if options.init:
+        network = copied(files.load_stage_c(weight_file("init", options.init, files.SET["stage_c"])))
+    else:
+        network = Prior(options.network)
+        initialise(network)
+    text_file, encoder = load_text_encoder(
+        "text_encoder", options.text_encoder, network.config.text_width, "this Stage C"
+    )
+    compressor_file = weight_file("semantic_compressor", options.semantic_compressor, files.SET["semantic_compressor"])
+    compressor = files.load_semantic_compressor(compressor_file)
+    channels = compressor.config.latent_channels, network.config.latent_channels
+    if len(set(channels)) > 1:
+        raise WuerstchenError(f"semantic_compressor: its latents have {channels[0]} channels, Stage C's {channels[1]}")
+    task = StageCTask(network, encoder, compressor, options, data.size)
+    task.feature_files = (text_file, compressor_file)
+    return task
+
+
+class StageCTask(Task):
+    """`network` learns to tell the noise in a picture's semantic latent, given its caption."""
+
+    def __init__(
+        self, network: Prior, encoder: TextEncoder, compressor: SemanticCompressor, options: Options, size: int
+    ):
+        super().__init__()
+        self.network = network
+        self.options, self.size = options, size
+        self.frozen = (encoder, compressor)
+        with torch.no_grad():
+            self.nothing = (encode_captions(encoder, [""]),)
+        self.drawers: dict = {}
+
+    def features(self, batch: dict) -> dict[str, Tensor]:
+        encoder, compressor = self.frozen[:2]
+        features = compressor(compressor_input(batch["image"]))
+        latent = compressor.config.latent_space.from_features(features)
+        return {"semantic": latent, "text": encode_captions(encoder, batch["caption"])}
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        levels = self.options.noise_levels
+        latent, text = batch["features"]["semantic"], batch["features"]["text"]
+        text = drop_captions(text, self.nothing[0], self.options.caption_drop, draws.uniform())
+        condition = [
+            tuple(part.repeat_interleave(levels, dim=0) for part in keys_values)
+            for keys_values in self.network.condition(text)
+        ]
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return self.network.denoise(x, self.network.modulate(t, x.dtype), condition)
+
+        t = times_of(draws.uniform(levels)).flatten()
+        noise = draws.normal((levels, *latent.shape[1:])).flatten(0, 1)
+        clean = latent.repeat_interleave(levels, dim=0)
+        return {"noise": diffusion_loss(predict, clean, self.options.p2_k, t, noise)}
+
+    def exported(self) -> dict[str, torch.nn.Module]:
+        return {"stage_c": self.network}
+
+    def samples(self) -> Tensor | None:
+        if not self.options.prompts:
+            return None
+        model = self._model()
+        geometry = Geometry(self.size, self.size)
+        return torch.cat(
+            [
+                model.generate(
+                    prompt,
+                    width=geometry.width,
+                    height=geometry.height,
+                    seed=number,
+                    steps_c=self.options.sample_steps,
+                    cfg_c=self.options.sample_cfg,
+                )
+                for number, prompt in enumerate(self.options.prompts)
+            ]
+        )
+
+    def _model(self) -> Wuerstchen:
+        """The whole set around the network; what only samples need is loaded at the first ones."""
+        encoder, compressor = self.frozen
+        device = self.network.projection.weight.device
+        if not self.drawers:
+            options = self.options
+            stage_a = weight_file("stage_a", options.stage_a, files.SET["stage_a"])
+            stage_b = weight_file("stage_b", options.stage_b, files.SET["stage_b"])
+            self.drawers = {
+                "stage_a": files.load_stage_a(stage_a, device),
+                "stage_b": files.load_stage_b(stage_b, device),
+                "text_encoder_b": encoder
+                if not options.text_encoder_b
+                else files.load_text_encoder(Path(options.text_encoder_b), device),
+            }
+        return Wuerstchen(stage_c=self.network, text_encoder_c=encoder, semantic_compressor=compressor, **self.drawers)
