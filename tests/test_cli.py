@@ -144,6 +144,5 @@ def test_help_lists_the_commands(capsys):
         main(["--help"])
     assert exit.value.code == 0
     told = capsys.readouterr().out
-    assert all(
-        command in told for command in ("generate", "data", "train", "evaluate", "inspect", "convert", "benchmark", "cost")
-    )
+    commands = ("generate", "data", "train", "evaluate", "inspect", "convert", "benchmark", "cost")
+    assert all(command in told for command in commands)
