@@ -119,7 +119,7 @@ def train(task: Task, plan: Plan, folder: str | Path, batches: Batches, cache: F
                 if accelerator.num_processes == 1 and step > state.saved:
                     state.save(step, DTYPES[plan.dtype], monitor)
                 raise
-            losses, norm, stop = learner.step(step, micro_batches, interrupts.asked)
+            losses, norm, stop = learner.step(step, micro_batches, interrupts)
             done = step + 1
             monitor.progress(sum(losses.values()))
             if done % plan.log_every == 0 or done == plan.steps:
@@ -134,7 +134,7 @@ def train(task: Task, plan: Plan, folder: str | Path, batches: Batches, cache: F
                 raise KeyboardInterrupt(
                     f"stopped after step {done}, which {state.checkpoint} has: the same command goes on from there"
                 )
-    accelerator.print(f"{folder}: done; {', '.join(path.name for path in state.exported)} can be loaded")
+    accelerator.print(f"{folder}: done; it has {', '.join(path.name for path in state.exported)}")
 
 
 @dataclass
@@ -148,7 +148,7 @@ class _Learner:
     state: RunState
     overflows: int = 0
 
-    def step(self, step: int, batches: list[dict], asked: bool) -> tuple[dict[str, float], float, bool]:
+    def step(self, step: int, batches: list[dict], interrupts: Interrupts) -> tuple[dict[str, float], float, bool]:
         """One update of the weights -> the losses and the gradient's norm, as all processes have them together, and
         whether one of them was asked to stop."""
         plan, accelerator = self.plan, self.accelerator
@@ -165,7 +165,7 @@ class _Learner:
                 sums[name] = sums.get(name, 0) + loss.detach().float() / plan.accumulate
         norm = accelerator.clip_grad_norm_(self.model.parameters(), plan.gradient_norm)
         seen = torch.stack([*sums.values(), torch.as_tensor(norm).to(accelerator.device).float()])
-        seen = torch.cat([seen, seen.new_tensor([float(asked)])])
+        seen = torch.cat([seen, seen.new_tensor([float(interrupts.asked)])])
         *values, norm, stop = accelerator.reduce(seen, "mean").tolist()
         losses = dict(zip(sums, values))
         self._check(step, losses, norm)
@@ -203,14 +203,14 @@ class _Learner:
         """Raises WuerstchenError, in all processes, where there are losses or gradients that are no numbers."""
         overflows = self.accelerator.scaler is not None and not math.isfinite(norm)
         self.overflows = self.overflows + 1 if overflows else 0
-        if all(map(math.isfinite, losses.values())):
-            if math.isfinite(norm) or (overflows and self.overflows < OVERFLOWS):
-                return
+        passes = overflows and self.overflows < OVERFLOWS
+        if all(map(math.isfinite, losses.values())) and (math.isfinite(norm) or passes):
+            return
         told = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         saved = f"the last good state is in {self.state.checkpoint}" if self.state.saved else "nothing was saved yet"
         raise WuerstchenError(
             f"step {step + 1} went wrong: loss {told}, gradient norm {norm:.4g}. Try a lower learning rate than "
-            f"{self.plan.learning_rate:g}, a longer warm-up than {self.plan.warm_up}, or another mixed precision; {saved}"
+            f"{self.plan.learning_rate:g}, a longer warm-up than {self.plan.warm_up}, or another precision; {saved}"
             + (f", of step {self.state.saved}" if self.state.saved else "")
         )
 

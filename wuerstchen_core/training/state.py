@@ -42,7 +42,7 @@ class RunState:
         steps = self.accelerator.gather(torch.tensor([self.saved], device=self.accelerator.device)).tolist()
         if len(set(steps)) > 1:
             raise WuerstchenError(
-                f"{self.folder}: not all processes see the same checkpoint: the folder must be on a disk that they share"
+                f"{self.folder}: not all processes see the same checkpoint: it must be on a shared disk"
             )
         if state is not None:
             _load(self.task, state["weights"], self.checkpoint)
