@@ -147,20 +147,41 @@ def _command(commands, name: str, run, help: str, add_help: bool = True) -> argp
     return parser
 
 
+# What may take the place of a network of the set, by the names that `Wuerstchen.from_files` has.
+NETWORKS = {
+    "stage_a": "Stage A",
+    "stage_b": "Stage B",
+    "stage_c": "Stage C",
+    "semantic_compressor": "the semantic compressor",
+    "text_encoder_c": "Stage C's text encoder (and Stage B's, where the set has one for both)",
+    "text_encoder_b": "Stage B's text encoder",
+}
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, metavar="FOLDER", help="a folder with a set of weights (default: the mini)"
     )
+    for role, what in NETWORKS.items():
+        name = "text-encoder" if role == "text_encoder_c" else role.replace("_", "-")
+        parser.add_argument(f"--{name}", dest=role, type=Path, metavar="FILE", help=f"{what} from a file instead")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
 
 
 def _load(options: argparse.Namespace):
-    from .pipeline import Wuerstchen
+    from .checkpoints import files
+    from .pipeline import MINI, Wuerstchen
 
     _check_device(options.device)
-    if options.model is None:
-        return Wuerstchen.mini(options.device)
-    return Wuerstchen.from_folder(options.model, options.device)
+    paths = files.find_set(MINI if options.model is None else options.model)
+    given = _given_networks(options)
+    if paths["text_encoder_b"] == paths["text_encoder_c"] and "text_encoder_c" in given:
+        given = {"text_encoder_b": given["text_encoder_c"]} | given
+    return Wuerstchen.from_files(**paths | given, device=options.device)
+
+
+def _given_networks(options: argparse.Namespace) -> dict[str, Path]:
+    return {role: path for role in NETWORKS if (path := getattr(options, role)) is not None}
 
 
 def _check_device(name: str) -> None:
@@ -231,6 +252,7 @@ def _generate(options: argparse.Namespace) -> None:
     }
     if image is not None:
         told["denoise"] = denoise
+    told |= {role: path.name for role, path in _given_networks(options).items()}
     if chosen:
         told["loras"] = ", ".join(f"{path.name}:{strength:g}" for path, strength in chosen)
     for number, picture in enumerate(pictures, start=1):
