@@ -1,16 +1,21 @@
 """The command line, on the embedded model's command with a small set of networks."""
 
+import dataclasses
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import wuerstchen_core as w
 from wuerstchen_core import save
+from wuerstchen_core.checkpoints.files import SET
 from wuerstchen_core.cli import main
 from wuerstchen_core.models.stage_c import Prior, StageCConfig
+from wuerstchen_core.pipeline import MINI
 
 FEW = ["--steps-c", "2", "--steps-b", "2"]
 
@@ -56,6 +61,74 @@ def test_a_picture_to_start_from(generate, tiny, tmp_path):
     assert Image.open("out.png").text["denoise"] == "0.3"
 
 
+@pytest.fixture
+def others(tiny_folder):
+    """A file of every network with other weights, and what they make together."""
+    networks = {
+        "stage_a": w.load_stage_a(tiny_folder / SET["stage_a"]),
+        "stage_b": w.load_stage_b(tiny_folder / SET["stage_b"]),
+        "stage_c": w.load_stage_c(tiny_folder / SET["stage_c"]),
+        "semantic_compressor": w.load_semantic_compressor(tiny_folder / SET["semantic_compressor"]),
+        "text": w.load_text_encoder(tiny_folder / SET["text_encoder_c"]),
+    }
+    for name, network in networks.items():
+        for parameter in network.parameters():
+            parameter.data = parameter * 1.25
+        save(network, f"other_{'text_encoder' if name == 'text' else name}.safetensors")
+    return networks
+
+
+@pytest.mark.parametrize(
+    "given, roles",
+    [
+        (["stage_a"], ["stage_a"]),
+        (["stage_b"], ["stage_b"]),
+        (["stage_c"], ["stage_c"]),
+        (["semantic_compressor"], ["semantic_compressor"]),
+        (["text_encoder"], ["text_encoder_c", "text_encoder_b"]),  # the set has one for both
+        (["stage_c", "stage_a"], ["stage_c", "stage_a"]),
+    ],
+)
+def test_a_network_from_a_file_takes_the_place_of_the_sets(generate, tiny, others, given, roles):
+    Image.fromarray(np.full((256, 256, 3), (200, 30, 60), dtype=np.uint8)).save("in.png")
+    start = ["--image", "in.png", "--denoise", "0.5"]
+    options = [word for name in given for word in (f"--{name.replace('_', '-')}", f"other_{name}.safetensors")]
+    assert generate("a cat", "-o", "p.png", *start, *options) == 0
+    assert generate("a cat", "-o", "own.png", *start) == 0
+    model = dataclasses.replace(tiny, **{role: others[role.split("_encoder_")[0]] for role in roles})
+    image = torch.tensor([200, 30, 60]).expand(256, 256, 3) / 255
+    expected = model.generate("a cat", image=image, denoise=0.5, steps_c=2, steps_b=2)[0]
+    picture = np.array(Image.open("p.png"))
+    assert np.array_equal(picture, (expected * 255).round().byte().numpy())
+    assert not np.array_equal(picture, np.array(Image.open("own.png")))
+    told = Image.open("p.png").text
+    assert {told[role] for role in SET if role in told} == {f"other_{name}.safetensors" for name in given}
+
+
+@pytest.mark.parametrize(
+    "given, own, role",
+    [
+        ("--text-encoder-b", False, "text_encoder_b"),
+        ("--text-encoder-b", True, "text_encoder_b"),
+        ("--text-encoder", True, "text_encoder_c"),
+    ],
+)
+def test_stage_b_may_have_a_text_encoder_of_its_own(tiny, tiny_folder, others, tmp_path, given, own, role):
+    shutil.copytree(tiny_folder, tmp_path / "set")
+    if own:
+        shutil.copy(tmp_path / "set" / SET["text_encoder_c"], tmp_path / "set" / SET["text_encoder_b"])
+    arguments = ["-o", "p.png", "--model", "set", given, "other_text_encoder.safetensors", *FEW]
+    assert main(["generate", "a cat", *arguments]) == 0
+    model = dataclasses.replace(tiny, **{role: others["text"]})
+    expected = model.generate("a cat", steps_c=2, steps_b=2)[0]
+    assert np.array_equal(np.array(Image.open("p.png")), (expected * 255).round().byte().numpy())
+
+
+def test_other_commands_take_single_networks_too(tiny_folder, others, capsys):
+    assert main(["benchmark", "--runs", "1", "--model", str(tiny_folder), "--stage-c", "none.safetensors"]) == 2
+    assert capsys.readouterr().err == "wuerstchen: none.safetensors: there is no such file\n"
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -69,6 +142,9 @@ def test_a_picture_to_start_from(generate, tiny, tmp_path):
         (["--batch", "0"], "batch_size is 0"),
         (["--seed", str(2**64)], "seed is 18446744073709551616"),
         (["--device", "toaster"], "toaster"),
+        (["--stage-c", "none.safetensors"], "none.safetensors: there is no such file"),
+        (["--stage-c", str(MINI / "stage_b.safetensors")], "stage_b.safetensors: this is a stage_b file"),
+        (["--stage-c", str(MINI / "stage_c.safetensors")], "text encoder of width 192, but this text"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(generate, tmp_path, capsys, arguments, says):
@@ -144,6 +220,5 @@ def test_help_lists_the_commands(capsys):
         main(["--help"])
     assert exit.value.code == 0
     told = capsys.readouterr().out
-    assert all(
-        command in told for command in ("generate", "data", "train", "evaluate", "inspect", "convert", "benchmark")
-    )
+    commands = ("generate", "data", "train", "evaluate", "inspect", "convert", "benchmark", "cost")
+    assert all(command in told for command in commands)

@@ -1,7 +1,9 @@
 """LoRA for Stage C against diffusers and peft: what they write is read, and does there what it does here."""
 
 import contextlib
+import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from wuerstchen_core.checkpoints.lora import MODULES
 from wuerstchen_core.cli import main
 from wuerstchen_core.models.stage_c import Prior, StageCConfig
 from wuerstchen_core.pipeline import sample_stage_c
+from wuerstchen_core.training import lora as training_lora
 from wuerstchen_core.training.lora import TARGETS, add_lora, save_lora
 
 ATTENTION = list(TARGETS)
@@ -644,3 +647,144 @@ def test_what_cannot_be_trained_is_named(options, says):
     with pytest.raises(w.WuerstchenError, match=says):
         add_lora(network, **options)
     assert list(network.state_dict()) == names
+
+
+@pytest.fixture
+def teach(tiny_folder, emoji, tmp_path, monkeypatch):
+    """teach(folder, **options): trains on three emoji in two styles, and gives what wuerstchen train returns."""
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "init": tiny_folder / STAGE_C,
+        "text_encoder": tiny_folder / SET["text_encoder_c"],
+        "semantic_compressor": tiny_folder / SET["semantic_compressor"],
+        "stage_a": tiny_folder / SET["stage_a"],
+        "stage_b": tiny_folder / SET["stage_b"],
+    }
+    few = {"data": emoji, "size": 64, "batch": 2, "workers": 0, "warm_up": 0, "cool_down": 0, "learning_rate": 0.01,
+           "steps": 4, "save_every": 2, "ema_every": 1, "sample_every": 0, "rank": 3, "alpha": 6}  # fmt: skip
+
+    def teach(folder, **options):
+        options = files | few | {"folder": folder} | options
+        given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        return main(["train", "lora", "--config", "mini", *given])
+
+    return teach
+
+
+def checkpoint(folder):
+    return torch.load(f"{folder}/checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("targets", ['["to_q", "to_out.0"]', json.dumps(EVERYTHING)])
+def test_a_trained_lora_does_here_and_in_diffusers_what_its_average_does(
+    teach, tiny_folder, stage_c, theirs, tmp_path, targets
+):
+    before = (tiny_folder / STAGE_C).read_bytes()
+    assert teach("run", targets=targets) == 0
+    assert (tiny_folder / STAGE_C).read_bytes() == before
+    lora = w.load_lora("run/lora.safetensors")
+    assert {(change.rank, change.alpha) for change in lora.changes.values()} == {(3, 6)}
+
+    averaged = w.load_stage_c(tiny_folder / STAGE_C)
+    add_lora(averaged, rank=3, alpha=6, targets=json.loads(targets))
+    learned = {name.removeprefix("base.network."): value for name, value in checkpoint("run")["averaged"].items()}
+    assert learned.keys() == {name for name, value in averaged.named_parameters() if value.requires_grad}
+    averaged.load_state_dict(learned, strict=False)
+
+    state, alphas, metadata = WuerstchenPriorPipeline.lora_state_dict(
+        tmp_path / "run", weight_name="lora.safetensors", return_lora_metadata=True
+    )
+    theirs.load_lora_adapter(state, prefix="prior", network_alphas=alphas, metadata=metadata)
+    ours = outputs(stage_c, (lora, 1.0))
+    assert distance(ours, outputs(averaged)) < ROUNDING and distance(ours, outputs(theirs)) < ROUNDING
+    assert distance(ours, outputs(stage_c)) > 1e-3
+
+
+def test_the_weights_under_a_lora_stay_as_they_are_and_are_in_no_checkpoint(teach, stage_c, monkeypatch):
+    tasks = []
+    build = training_lora.build
+    monkeypatch.setattr(training_lora, "build", lambda *given: tasks.append(build(*given)) or tasks[0])
+    assert teach("run") == 0
+    (task,) = tasks
+    kept = {name.replace(".base_layer", ""): value for name, value in task.base.network.state_dict().items()}
+    assert same_bits(stage_c, {name: kept[name] for name in stage_c.state_dict()})
+    state = checkpoint("run")
+    names = {name for name, value in task.named_parameters() if value.requires_grad}
+    assert len(names) == 2 * 8 and all("lora_" in name for name in names)
+    assert state["weights"].keys() == state["averaged"].keys() == state["optimizer"].keys() == names
+    assert all(state["weights"][name].any() for name in names)
+    assert any(not state["weights"][name].equal(state["averaged"][name]) for name in names)
+
+
+def test_a_lora_goes_on_as_if_never_stopped(teach):
+    assert teach("whole") == 0
+    assert teach("parts", steps=2) == 0
+    between = load_file("parts/lora.safetensors")
+    assert teach("parts") == 0
+    whole, parts = load_file("whole/lora.safetensors"), load_file("parts/lora.safetensors")
+    assert whole.keys() == parts.keys() and all(whole[name].equal(parts[name]) for name in whole)
+    assert any(not whole[name].equal(between[name]) for name in whole)
+    weights = checkpoint("whole")["weights"], checkpoint("parts")["weights"]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_a_lora_learns_stage_cs_loss_and_is_sampled_with(teach, tiny_folder, emoji, tmp_path):
+    """Before its first step it is Stage C's to the bit: it changes nothing yet."""
+    from wuerstchen_core.training import stage_c as training_stage_c
+    from wuerstchen_core.training.data_options import DataOptions
+    from wuerstchen_core.training.draws import Draws
+
+    data = DataOptions(data=str(emoji), size=64, batch=2, workers=0)
+    files = {"init": str(tiny_folder / STAGE_C), "text_encoder": str(tiny_folder / SET["text_encoder_c"]),
+             "semantic_compressor": str(tiny_folder / SET["semantic_compressor"])}  # fmt: skip
+    tasks = [
+        training_stage_c.build(training_stage_c.Options(**files), data),
+        training_lora.build(training_lora.Options(**files), data),
+    ]
+    batch = next(data.open(0))
+    losses = [task(batch | {"features": task.features(batch)}, Draws(0, 0, 2))["noise"] for task in tasks]
+    assert losses[0].equal(losses[1])
+    assert tasks[0].feature_files == tasks[1].feature_files and len(tasks[1].frozen) == 2
+    assert teach("run", steps=1, sample_every=1, sample_steps=1, prompts='["a disc", "a cat"]') == 0
+    assert Image.open("run/samples/0000001.png").size == (2 * 64 + 12, 64 + 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_lora_is_written_in_the_precision_asked_for(teach, dtype):
+    assert teach("run", steps=1, dtype=str(dtype).removeprefix("torch.")) == 0
+    assert {tensor.dtype for tensor in load_file("run/lora.safetensors").values()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"init": "none.safetensors"}, "init: there is no none.safetensors"),
+        ({"init": ""}, "init is missing"),
+        ({"rank": 0}, "rank is 0"),
+        ({"targets": '["to_x"]'}, "to_x: there is no such module"),
+        ({"network.depth": 3}, "unrecognized arguments: --network.depth"),
+        ({"init": "mini"}, "text_encoder: .* gives texts of width 32, but this Stage C reads 192"),
+    ],
+)
+def test_what_a_lora_cannot_be_trained_with_is_named(teach, tmp_path, options, says, capsys):
+    try:
+        assert teach("run", **options) == 2
+    except SystemExit as exit:
+        assert exit.code == 2
+    assert re.search(says, capsys.readouterr().err.splitlines()[-1]) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", ["mini", "v2"])
+def test_the_shipped_configurations_are_whole(size):
+    from wuerstchen_core.training.command import CONFIGS, RunOptions
+    from wuerstchen_core.training.data_options import DataOptions
+    from wuerstchen_core.training.options import load, read_all
+    from wuerstchen_core.training.run import Plan
+
+    path = str(CONFIGS / size / "lora.toml")
+    table = load(path)
+    _, _, plan, options = read_all((RunOptions, DataOptions, Plan, training_lora.Options), table, path)
+    assert options.targets == TARGETS and plan.dtype == "float32" and options.init == table["init"]
+    known = {field.name for cls in (RunOptions, DataOptions, Plan, training_lora.Options)
+             for field in dataclasses.fields(cls) if field.init}  # fmt: skip
+    assert table.keys() == known

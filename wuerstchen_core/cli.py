@@ -129,6 +129,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     benchmark.add_argument("--runs", type=int, default=3, metavar="N", help="pictures to draw (default: 3)")
     _add_model(benchmark)
+
+    cost = _command(commands, "cost", _cost, "count parameters and operations, beside Stable Diffusion 2.1's")
+    which = cost.add_mutually_exclusive_group()
+    which.add_argument("--size", choices=["v2", "mini"], default="v2", help="default: v2, the released one")
+    which.add_argument("--model", type=Path, metavar="FOLDER", help="instead, that of a folder with a set of weights")
+    cost.add_argument("--width", type=int, default=1024, metavar="PIXELS", help="multiple of 8 (default: 1024)")
+    cost.add_argument("--height", type=int, default=1024, metavar="PIXELS", help="multiple of 8 (default: 1024)")
+    cost.add_argument("--steps-c", type=int, default=60, metavar="N", help="of Stage C (default: 60, as in the paper)")
+    cost.add_argument("--steps-b", type=int, default=12, metavar="N", help="of Stage B (default: 12)")
     return parser
 
 
@@ -138,20 +147,41 @@ def _command(commands, name: str, run, help: str, add_help: bool = True) -> argp
     return parser
 
 
+# What may take the place of a network of the set, by the names that `Wuerstchen.from_files` has.
+NETWORKS = {
+    "stage_a": "Stage A",
+    "stage_b": "Stage B",
+    "stage_c": "Stage C",
+    "semantic_compressor": "the semantic compressor",
+    "text_encoder_c": "Stage C's text encoder (and Stage B's, where the set has one for both)",
+    "text_encoder_b": "Stage B's text encoder",
+}
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, metavar="FOLDER", help="a folder with a set of weights (default: the mini)"
     )
+    for role, what in NETWORKS.items():
+        name = "text-encoder" if role == "text_encoder_c" else role.replace("_", "-")
+        parser.add_argument(f"--{name}", dest=role, type=Path, metavar="FILE", help=f"{what} from a file instead")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
 
 
 def _load(options: argparse.Namespace):
-    from .pipeline import Wuerstchen
+    from .checkpoints import files
+    from .pipeline import MINI, Wuerstchen
 
     _check_device(options.device)
-    if options.model is None:
-        return Wuerstchen.mini(options.device)
-    return Wuerstchen.from_folder(options.model, options.device)
+    paths = files.find_set(MINI if options.model is None else options.model)
+    given = _given_networks(options)
+    if paths["text_encoder_b"] == paths["text_encoder_c"] and "text_encoder_c" in given:
+        given = {"text_encoder_b": given["text_encoder_c"]} | given
+    return Wuerstchen.from_files(**paths | given, device=options.device)
+
+
+def _given_networks(options: argparse.Namespace) -> dict[str, Path]:
+    return {role: path for role in NETWORKS if (path := getattr(options, role)) is not None}
 
 
 def _check_device(name: str) -> None:
@@ -222,6 +252,7 @@ def _generate(options: argparse.Namespace) -> None:
     }
     if image is not None:
         told["denoise"] = denoise
+    told |= {role: path.name for role, path in _given_networks(options).items()}
     if chosen:
         told["loras"] = ", ".join(f"{path.name}:{strength:g}" for path, strength in chosen)
     for number, picture in enumerate(pictures, start=1):
@@ -342,6 +373,21 @@ def _benchmark(options: argparse.Namespace) -> None:
         _check_device(options.device)
         lines = (line for path in options.load for line in benchmark_loading(path, options.device))
     for line in lines:
+        print(line, flush=True)
+
+
+def _cost(options: argparse.Namespace) -> None:
+    from .cost import cost, outline, released
+    from .geometry import Geometry
+    from .pipeline import MINI
+
+    if options.model is not None:
+        name, networks = str(options.model), outline(options.model)
+    elif options.size == "mini":
+        name, networks = "mini", outline(MINI)
+    else:
+        name, networks = "v2", released()
+    for line in cost(networks, name, Geometry(options.width, options.height), options.steps_c, options.steps_b):
         print(line, flush=True)
 
 

@@ -106,6 +106,12 @@ def load_text_encoder(path: str | Path, device="cpu", dtype: torch.dtype | None 
     return _load("text_encoder", path, device, dtype)
 
 
+def outline(path: str | Path, kind: str) -> nn.Module:
+    """The network of that kind in `path`, on the meta device: its weights are not read. Raises as the loaders do."""
+    archive = open_archive(path)
+    return _empty(archive, _part(archive, kind))
+
+
 def parts(archive: Archive) -> dict[str, Part]:
     """Kind -> network in the file.
 
