@@ -15,6 +15,7 @@ CONFIGS = Path(__file__).parent / "configs"
 STAGES = {
     "stage-b": ("stage_b", "Stage B, from semantic latents to Stage A's, and the semantic compressor with it"),
     "stage-c": ("stage_c", "Stage C, from text to semantic latents"),
+    "previewer": ("previewer", "a previewer, from semantic latents to small pictures"),
 }
 
 
