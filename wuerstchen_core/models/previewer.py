@@ -19,7 +19,7 @@ class PreviewerConfig:
     widths: tuple[int, ...] = (512, 256, 128, 96)  # at 1, 2, 4 and 8 times the latent's size
 
 
-class Convolution(nn.Module):
+class ConvBlock(nn.Module):
     """A 3x3 convolution of what is normalised, added to what comes in."""
 
     def __init__(self, channels: int, operations=nn):
@@ -49,9 +49,9 @@ class Previewer(nn.Module):
             return
         if 2 ** (len(widths) - 1) != FACTOR:
             raise WuerstchenError(f"widths are {list(widths)}: a previewer has four, or none if it is linear")
-        layers = [operations.Conv2d(config.latent_channels, widths[0], 1), Convolution(widths[0], operations)]
+        layers = [operations.Conv2d(config.latent_channels, widths[0], 1), ConvBlock(widths[0], operations)]
         for wide, narrow in zip(widths, widths[1:]):
-            layers += [operations.ConvTranspose2d(wide, narrow, 2, stride=2), Convolution(narrow, operations)]
+            layers += [operations.ConvTranspose2d(wide, narrow, 2, stride=2), ConvBlock(narrow, operations)]
         layers += [LayerNorm2d(), operations.Conv2d(widths[-1], 3, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
 

@@ -44,6 +44,8 @@ def build(options: Options, data: DataOptions) -> "PreviewerTask":
         network = copied(files.load_previewer(weight_file("init", options.init, files.SET["previewer"])))
     else:
         network = Previewer(options.network)
+        *_, last = (layer for layer in network.layers if isinstance(layer, nn.Conv2d))
+        nn.init.constant_(last.bias, 0.5)  # grey
     channels = compressor.config.latent_channels, network.config.latent_channels
     if len(set(channels)) > 1:
         raise WuerstchenError(
