@@ -4,10 +4,8 @@ import dataclasses
 import math
 import os
 import signal
-import subprocess
-import sys
+import socket
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +15,11 @@ import wuerstchen_core as w
 from tests.training_runs import (
     PLAN,
     Toy,
-    command_line,
     fill_disk,
     hang_while_saving,
     logged,
     process,
+    run_sharded,
     run_toy,
     toy_batches,
 )
@@ -32,7 +30,7 @@ from wuerstchen_core.training import run
 from wuerstchen_core.training.draws import Draws
 from wuerstchen_core.training.gradient_checkpointing import checkpoint_blocks
 from wuerstchen_core.training.run import Plan, train
-from wuerstchen_core.training.state import averaging_copy, gathered, move_average, sharded
+from wuerstchen_core.training.state import averaging_copy, move_average
 
 PLAN = Plan(**PLAN)
 
@@ -312,6 +310,27 @@ def test_draws_follow_from_a_samples_number_alone():
     assert not torch.equal(Draws(0, 0, 1).normal((4,)), Draws(1, 0, 1).normal((4,)))
     uniform = torch.cat([Draws(0, step, 64).uniform(4) for step in range(40)])
     assert 0 <= uniform.min() and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.02
+
+
+def test_two_processes_that_share_the_weights_learn_as_one(tmp_path):
+    """FSDP: the losses of one process with the doubled batch, resumed by two and then by one."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(Toy(plain=True), dataclasses.replace(PLAN, steps=16), one, toy_batches(4))
+    for steps in (9, 12):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [process(run_sharded, two, rank, port, steps) for rank in range(2)]
+        for rank in ranks:
+            rank.join(timeout=120)
+        assert [rank.exitcode for rank in ranks] == [0, 0]
+    train(Toy(plain=True), dataclasses.replace(PLAN, steps=16), two, toy_batches(4))
+    for tag, steps in logged(one).items():
+        assert [logged(two)[tag][step][-1] for step in steps] == pytest.approx([x for (x,) in steps.values()], rel=1e-5)
+    ours, theirs = checkpoint(two), checkpoint(one)
+    for kept in ("weights", "averaged"):
+        for name, tensor in theirs[kept].items():
+            torch.testing.assert_close(ours[kept][name], tensor)
 
 
 def networks():

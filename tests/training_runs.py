@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from collections import defaultdict
 from multiprocessing import get_context
@@ -14,9 +13,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.util import tensor_util
 from torch import nn
 
-from wuerstchen_core import cli
-from wuerstchen_core.training import command  # noqa: F401
-from wuerstchen_core.training import stage_c  # noqa: F401
+from wuerstchen_core.training import run
 from wuerstchen_core.training.run import Plan, train
 from wuerstchen_core.training.task import Task
 
@@ -94,9 +91,27 @@ def fill_disk(folder):
         Path(folder, "told").write_text(f"{type(error).__name__}: {error}")
 
 
-def command_line(arguments, output):
-    sys.stderr = open(output, "w", buffering=1)
-    sys.exit(cli.main(arguments))
+def run_sharded(folder, rank, port, steps):
+    """The toy's run as one of two processes that share its weights, on the CPU, where accelerate shards nothing by
+    itself."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    made = run._accelerator
+
+    def sharding(plan, task):
+        accelerator = made(plan, task)
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        run._set_up_sharding(plugin)
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+        return accelerator
+
+    run._accelerator = sharding
+    task = Toy(plain=True)
+    run.train(task, Plan(**{**PLAN, "steps": steps}), folder, toy_batches(batch=2))
+    assert all(hasattr(parameter, "full_tensor") for parameter in task.parameters())
+    torch.distributed.destroy_process_group()
 
 
 def process(target, *arguments):

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from .gradient_checkpointing import checkpoint_blocks
 from .interrupts import Interrupts
 from .monitor import Monitor
 from .options import option
-from .state import RunState, together
+from .state import RunState, together, unsharded
 from .task import Task
 
 log = logging.getLogger(__name__)
@@ -163,8 +163,8 @@ class _Learner:
                 accelerator.backward(sum(losses.values()))
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.detach().float() / plan.accumulate
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), plan.gradient_norm)
-        seen = torch.stack([*sums.values(), torch.as_tensor(norm).to(accelerator.device).float()])
+        norm = unsharded(accelerator.clip_grad_norm_(self.model.parameters(), plan.gradient_norm))
+        seen = torch.stack([*sums.values(), norm.to(accelerator.device).float()])
         seen = torch.cat([seen, seen.new_tensor([float(interrupts.asked)])])
         *values, norm, stop = accelerator.reduce(seen, "mean").tolist()
         losses = dict(zip(sums, values))
@@ -177,7 +177,8 @@ class _Learner:
         rank, world = accelerator.process_index, accelerator.num_processes
         torch.manual_seed(hash((seed, micro, rank)))  # of dropout
         draws = Draws(seed, step, len(batch["key"]), micro=micro, rank=rank, world=world, device=accelerator.device)
-        return self.model(self._featured(batch), draws)
+        with accelerator.autocast():
+            return self.model(self._featured(batch), draws)
 
     @torch.no_grad()
     def _featured(self, batch: dict) -> dict:
@@ -232,11 +233,19 @@ def _accelerator(plan: Plan, task: Task):
         )
     except ValueError as error:
         raise WuerstchenError(f"mixed_precision {plan.mixed_precision}: {error}") from error
-    sharding = getattr(accelerator.state, "fsdp_plugin", None)
-    if sharding is not None:
-        if sharding.fsdp_version != 2:
-            raise WuerstchenError("sharded training needs FSDP2: set fsdp_version to 2 (accelerate config)")
-        # A task's networks are not called as a whole, but part by part: it is sharded as one unit.
-        sharding.auto_wrap_policy = None
-        sharding.cpu_ram_efficient_loading = False
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        _set_up_sharding(accelerator.state.fsdp_plugin)
     return accelerator
+
+
+def _set_up_sharding(plugin) -> None:
+    """FSDP2 as a task needs it: as one unit, since its networks are called part by part; weights in the mixed precision,
+    but what they are given, losses and the sum of gradients in float32."""
+    if plugin.fsdp_version != 2:
+        raise WuerstchenError("sharded training needs FSDP2: set fsdp_version to 2 (accelerate config)")
+    plugin.auto_wrap_policy = None
+    plugin.cpu_ram_efficient_loading = False
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+        )

@@ -23,6 +23,7 @@ class RunState:
 
     def __init__(self, task: Task, plan, folder: Path, accelerator):
         self.task, self.plan, self.folder, self.accelerator = task, plan, folder, accelerator
+        self.name = type(task).__name__  # sharding gives it another
         self.checkpoint = folder / "checkpoint.pt"
         self.saved = 0
         self.exported: list[Path] = []
@@ -92,7 +93,7 @@ class RunState:
 
     def _write(self, step, weights, optimizer, scaler, dtype, monitor) -> None:
         state = {
-            "task": type(self.task).__name__,
+            "task": self.name,
             "step": step,
             "weights": weights,
             "averaged": {name: tensor.detach() for name, tensor in self.averaged.learned().items()},
@@ -132,16 +133,15 @@ class RunState:
             task = state["task"]
         except Exception as error:  # a damaged file raises nearly anything
             raise WuerstchenError(f"{self.checkpoint}: not a checkpoint that can be read ({error})") from error
-        if task != type(self.task).__name__:
+        if task != self.name:
             raise WuerstchenError(
-                f"{self.checkpoint}: the checkpoint of a {task}, not of a {type(self.task).__name__}: train in another "
-                "folder"
+                f"{self.checkpoint}: the checkpoint of a {task}, not of a {self.name}: train in another folder"
             )
         return state
 
     @property
     def _is_sharded(self) -> bool:
-        return getattr(self.accelerator, "is_fsdp2", False)
+        return any(hasattr(parameter, "full_tensor") for parameter in self.task.parameters())
 
     def _weights(self) -> dict[str, Tensor]:
         """Name -> what is learned, whole; of a sharded model it is gathered, on the main process alone."""
@@ -202,11 +202,16 @@ def move_average(averaged: Task, weights: dict[str, Tensor], decay: float) -> No
             value.copy_(now)
 
 
+def unsharded(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; then all processes must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def gathered(tensors: dict[str, Tensor], is_main: bool) -> dict[str, Tensor]:
     """Shards -> whole tensors on the CPU, on the main process alone; all processes must call it."""
     whole = {}
     for name, tensor in tensors.items():
-        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        full = unsharded(tensor)
         if is_main:
             whole[name] = full.cpu() if isinstance(full, Tensor) else full
     return whole
