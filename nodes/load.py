@@ -157,7 +157,7 @@ class WuerstchenLoadPreviewer(NetworkLoader):
     def define_schema(cls):
         return cls.schema(
             "Previewer",
-            "Loads a previewer, which shows latents of Stage C as small pictures. Training makes one: none is published.",
+            "Loads a previewer, which shows latents of Stage C as small pictures. None is published: train one.",
             sockets.Previewer.Output(
                 display_name="previewer", tooltip="For Würstchen Semantic Preview and Würstchen Stage C Sampler."
             ),

@@ -35,8 +35,8 @@ def previewer_input() -> io.Input:
     return Previewer.Input(
         "previewer",
         optional=True,
-        tooltip="From Würstchen Load Previewer, or Würstchen Load Model if its set has one. Without, each position of the "
-        "latent is one colour, as fits the mini.",
+        tooltip="From Würstchen Load Previewer, or Würstchen Load Model if its set has one. Without, each position "
+        "of the latent is one colour, as fits the mini.",
     )
 
 

@@ -32,7 +32,7 @@ from .models.stage_c import Prior
 from .models.text_encoder import TextEncoder
 
 MINI = Path(__file__).parent / "mini"
-LINEAR_PREVIEW = MINI / "linear_preview.safetensors"  # a previewer of one colour a position, fitted to the mini's latents
+LINEAR_PREVIEW = MINI / "linear_preview.safetensors"  # a colour for each position; fitted to the mini
 
 Progress = Callable[[int, int, Tensor], None]  # (step from 1, steps, clean latent predicted at that step)
 
@@ -167,7 +167,7 @@ def decode(
 
 @torch.inference_mode()
 def preview(previewer: Previewer, latent: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """latent in Stage C's space (B, 16, p, q) -> small image of all that the networks work on (B, 8p, 8q, 3) in [0, 1]
+    """latent in Stage C's space (B, 16, p, q) -> small image (B, 8p, 8q, 3) in [0, 1], margins and all
 
     Raises:
         WuerstchenError: the previewer is for latents of another number of channels, or went beyond its precision.
@@ -193,7 +193,7 @@ def fit(image: Tensor, geometry: Geometry) -> Tensor:
 
 @dataclass
 class Wuerstchen:
-    """A whole set of networks. `text_encoder_c` and `text_encoder_b` may be the same one; `generate` needs no previewer."""
+    """A whole set of networks. `text_encoder_c` and `text_encoder_b` may be the same one; the previewer is optional."""
 
     stage_a: VQGAN
     stage_b: DiffNeXt

@@ -38,8 +38,8 @@ NETWORKS = {
     "previewer": (Previewer, PreviewerConfig),
 }
 
-# A folder's whole set, by the names that `Wuerstchen.from_files` has for it; Stage B's own text encoder and the previewer
-# are optional.
+# A folder's whole set, by the names that `Wuerstchen.from_files` has for it. Stage B's own text encoder and the
+# previewer are optional.
 SET = {
     "stage_a": "stage_a.safetensors",
     "stage_b": "stage_b.safetensors",

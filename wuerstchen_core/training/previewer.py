@@ -119,7 +119,7 @@ def fit_linear_preview(latents: Tensor, pictures: Tensor) -> Previewer:
 
 @torch.no_grad()
 def linear_preview(emoji: EmojiSet, compressor: SemanticCompressor, count: int = 2000, seed: int = 0) -> Previewer:
-    """The linear previewer for a compressor, fitted to `count` pictures of emoji; of a seed they are always the same."""
+    """The linear previewer for a compressor, fitted to `count` pictures of emoji, always the same ones of a seed."""
     generator = random.Random(seed)
     latents, pictures = [], []
     for _ in range(count):
