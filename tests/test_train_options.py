@@ -1,6 +1,6 @@
 """Options of training: files, the command line, and what the shipped configurations say."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -8,6 +8,8 @@ import wuerstchen_core as w
 from wuerstchen_core import cli
 from wuerstchen_core.models.semantic_compressor import BackboneStage, SemanticCompressorConfig
 from wuerstchen_core.models.stage_b import StageBConfig
+from wuerstchen_core.models.stage_c import StageCConfig
+from wuerstchen_core.pipeline import MINI
 from wuerstchen_core.training import command
 from wuerstchen_core.training.data_options import DataOptions
 from wuerstchen_core.training.options import listed, load, option, override, read, read_all
@@ -112,6 +114,22 @@ def test_shipped_configurations_name_and_explain_every_option(stage, size):
         if "." not in name:
             number = next(n for n, line in enumerate(lines) if line.startswith(f"{name} = "))
             assert lines[number - 1].startswith("# ") or " # " in lines[number], name
+
+
+def test_shipped_networks_are_the_minis_and_the_released_ones():
+    for name, load_network, released in (
+        ("stage_b", w.load_stage_b, StageBConfig()),
+        ("stage_c", w.load_stage_c, StageCConfig()),
+    ):
+        for size, expected in (("mini", load_network(MINI / f"{name}.safetensors").config), ("v2", released)):
+            path = str(command.CONFIGS / size / f"{name}.toml")
+            network = read(type(expected), load(path)["network"], path)
+            if name == "stage_b":  # the latent space is the compressor's
+                network = replace(network, latent_space=expected.latent_space)
+            assert network == expected
+    path = str(command.CONFIGS / "mini" / "stage_b.toml")
+    compressor = read(SemanticCompressorConfig, load(path)["compressor"], path)
+    assert compressor == w.load_semantic_compressor(MINI / "semantic_compressor.safetensors").config
 
 
 @pytest.mark.parametrize("stage", command.STAGES)

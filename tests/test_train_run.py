@@ -16,6 +16,7 @@ from tests.training_runs import (
     PLAN,
     Toy,
     fill_disk,
+    hang_in_a_step,
     hang_while_saving,
     logged,
     process,
@@ -71,22 +72,23 @@ def assert_as_never_stopped(folder, whole):
     assert not list(folder.glob(".*"))
 
 
-def wait_for(path, seconds=60):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} does not come"
+    while not condition():
+        assert time.monotonic() < end
         time.sleep(0.01)
 
 
 def test_a_run_killed_at_any_moment_resumes_as_if_it_had_not_been(tmp_path, whole):
     saving = process(hang_while_saving, tmp_path, 3)
-    wait_for(tmp_path / "hangs")
+    wait_for((tmp_path / "hangs").exists)
     saving.kill()
     saving.join()
     (tmp_path / "hangs").unlink()
     assert checkpoint(tmp_path)["step"] == 12 and list(tmp_path.glob(".checkpoint.pt.*.partial"))
-    training = process(run_toy, tmp_path, 0.02)
-    time.sleep(0.6)
+    before = (tmp_path / "checkpoint.pt").stat().st_ino
+    training = process(run_toy, tmp_path, 0.05)
+    wait_for(lambda: (tmp_path / "checkpoint.pt").stat().st_ino != before)
     training.kill()
     training.join()
     assert training.exitcode == -signal.SIGKILL
@@ -112,13 +114,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_one_ends_at_once(tmp_pa
     run_toy(tmp_path)
     assert_as_never_stopped(tmp_path, whole)
 
-    slow = process(run_toy, tmp_path / "slow", 100.0)
-    time.sleep(1.5)
-    for _ in range(2):
-        os.kill(slow.pid, signal.SIGINT)
-        time.sleep(0.3)
-    slow.join(timeout=5)
-    assert slow.exitcode == -signal.SIGINT
+    hanging = process(hang_in_a_step, tmp_path / "hanging")
+    wait_for((tmp_path / "hanging" / "hangs").exists)
+    for _ in range(20):
+        os.kill(hanging.pid, signal.SIGINT)
+        hanging.join(timeout=0.5)
+        if hanging.exitcode is not None:
+            break
+    assert hanging.exitcode == -signal.SIGINT
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):

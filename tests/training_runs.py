@@ -77,6 +77,17 @@ def hang_while_saving(folder, nth):
     run_toy(folder)
 
 
+def hang_in_a_step(folder):
+    """The toy's run, which stops for good in its first step, and tells by a file."""
+
+    class Hanging(Toy):
+        def forward(self, batch, draws):
+            (Path(folder) / "hangs").touch()
+            time.sleep(1000)
+
+    train(Hanging(), Plan(**PLAN), folder, toy_batches())
+
+
 def fill_disk(folder):
     """The toy's run, on a disk that is full once a checkpoint is there; what it says goes to the file `told`."""
     import resource

@@ -92,7 +92,7 @@ class Monitor:
 
 
 def _grid(pictures: Tensor) -> Tensor:
-    """(N, H, W, 3) in [0, 1] -> (rows, columns, 3) bytes, about square"""
+    """(N, H, W, 3) in [0, 1] -> (rows, columns, 3) bytes, about square; an even number a row keeps pairs together"""
     planes = rearrange(pictures.cpu().float(), "n h w c -> n c h w")
-    grid = make_grid(planes, nrow=math.ceil(len(planes) ** 0.5), padding=4, pad_value=1.0)
+    grid = make_grid(planes, nrow=2 * math.ceil(len(planes) ** 0.5 / 2), padding=4, pad_value=1.0)
     return (rearrange(grid, "c h w -> h w c").clamp(0, 1) * 255).round().byte()

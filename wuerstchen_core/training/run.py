@@ -123,12 +123,13 @@ def train(task: Task, plan: Plan, folder: str | Path, batches: Batches, cache: F
             done = step + 1
             monitor.progress(sum(losses.values()))
             if done % plan.log_every == 0 or done == plan.steps:
-                monitor.log(done, losses, norm, plan.rate(step))
+                with state.told(folder / "logs"):
+                    monitor.log(done, losses, norm, plan.rate(step))
             if done % plan.ema_every == 0:
                 state.average(plan.decay(done // plan.ema_every))
             if done % plan.save_every == 0 or done == plan.steps or stop:
                 state.save(done, DTYPES[plan.dtype], monitor)
-            if plan.sample_every and (done % plan.sample_every == 0 or done == plan.steps):
+            if plan.sample_every and not stop and (done % plan.sample_every == 0 or done == plan.steps):
                 together(accelerator, lambda: monitor.samples(done, state.averaged))
             if stop and done < plan.steps:
                 raise KeyboardInterrupt(
@@ -239,8 +240,8 @@ def _accelerator(plan: Plan, task: Task):
 
 
 def _set_up_sharding(plugin) -> None:
-    """FSDP2 as a task needs it: as one unit, since its networks are called part by part; weights in the mixed precision,
-    but what they are given, losses and the sum of gradients in float32."""
+    """FSDP2 as a task needs it: as one unit, since its networks are called part by part; with weights in the mixed
+    precision, but what they are given, losses and the sum of gradients in float32."""
     if plugin.fsdp_version != 2:
         raise WuerstchenError("sharded training needs FSDP2: set fsdp_version to 2 (accelerate config)")
     plugin.auto_wrap_policy = None

@@ -88,7 +88,7 @@ class RunState:
 
     def export(self, dtype: torch.dtype) -> None:
         """Writes the averaged weights as the loaders take them."""
-        with self._told(self.folder):
+        with self.told(self.folder):
             self.exported = self.averaged.export(self.folder, dtype)
 
     def _write(self, step, weights, optimizer, scaler, dtype, monitor) -> None:
@@ -100,15 +100,16 @@ class RunState:
             "optimizer": optimizer,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        with self._told(self.folder / "logs"):
+        with self.told(self.folder / "logs"):
             monitor.flush()
-        with self._told(self.checkpoint), replacing(self.checkpoint) as partial:
+        with self.told(self.checkpoint), replacing(self.checkpoint) as partial:
             torch.save(state, partial)
         self.saved = step
         self.export(dtype)
 
     @contextmanager
-    def _told(self, path: Path) -> Iterator[None]:
+    def told(self, path: Path) -> Iterator[None]:
+        """What goes wrong when writing to `path` becomes a WuerstchenError that says what is saved."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
