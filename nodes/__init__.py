@@ -2,6 +2,7 @@
 
 from .load import (
     WuerstchenLoadModel,
+    WuerstchenLoadPreviewer,
     WuerstchenLoadSemanticCompressor,
     WuerstchenLoadStageA,
     WuerstchenLoadStageB,
@@ -9,6 +10,7 @@ from .load import (
     WuerstchenLoadTextEncoder,
 )
 from .lora import WuerstchenLoadLoRA
+from .preview import WuerstchenSemanticPreview
 from .semantic_compressor import WuerstchenSemanticCompress
 from .stage_a import WuerstchenVQGANDecode, WuerstchenVQGANEncode
 from .stage_b import WuerstchenStageBSampler
@@ -23,10 +25,12 @@ NODES = [
     WuerstchenLoadStageB,
     WuerstchenLoadStageA,
     WuerstchenLoadSemanticCompressor,
+    WuerstchenLoadPreviewer,
     WuerstchenTextEncode,
     WuerstchenEmptyLatent,
     WuerstchenSemanticCompress,
     WuerstchenStageCSampler,
+    WuerstchenSemanticPreview,
     WuerstchenStageBSampler,
     WuerstchenVQGANDecode,
     WuerstchenVQGANEncode,

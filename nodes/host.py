@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import comfy.model_management as management
@@ -10,12 +10,15 @@ import comfy.ops
 import comfy.utils
 import folder_paths
 import torch
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy.model_patcher import ModelPatcher
+from PIL import Image
 from torch import Tensor, nn
 
 from ..wuerstchen_core import LoRA, WuerstchenError, load_lora
 from ..wuerstchen_core.checkpoints import files
-from ..wuerstchen_core.pipeline import MINI, Progress
+from ..wuerstchen_core.finite import is_finite
+from ..wuerstchen_core.pipeline import LINEAR_PREVIEW, MINI, Progress, preview
 
 FOLDER = "wuerstchen"
 # Where ComfyUI's users keep what, the likeliest first; the authors' file of Stage B holds the semantic compressor too.
@@ -25,6 +28,7 @@ FOLDERS = {
     "stage_c": ("diffusion_models", "checkpoints", FOLDER),
     "text_encoder": ("text_encoders", "checkpoints", FOLDER),
     "semantic_compressor": ("clip_vision", "diffusion_models", "checkpoints", FOLDER),
+    "previewer": ("vae_approx", "checkpoints", FOLDER),
     "lora": ("loras",),
 }
 DIFFUSION_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -64,7 +68,10 @@ def model_sets() -> dict[str, Path]:
 
 
 def load_set(name: str) -> dict[str, Model]:
-    """The networks of a set, by the names that `files.SET` has for them. Raises WuerstchenError."""
+    """The networks of a set, by the names that `files.SET` has for them; a previewer only if it has one.
+
+    Raises WuerstchenError.
+    """
     sets = model_sets()
     if name not in sets:
         raise WuerstchenError(
@@ -77,6 +84,8 @@ def load_set(name: str) -> dict[str, Model]:
     }
     shared = paths["text_encoder_b"] == paths["text_encoder_c"]
     networks["text_encoder_b"] = networks["text_encoder_c"] if shared else _text_encoder(paths["text_encoder_b"])
+    if "previewer" in paths:
+        networks["previewer"] = _previewer(paths["previewer"])
     return networks
 
 
@@ -117,19 +126,32 @@ def with_lora(model: Model, name: str, strength: float) -> Model:
     return replace(model, loras=(*model.loras, (lora, strength)))
 
 
+@cache
+def linear_preview() -> Model:
+    """The previewer that is in the pack: a colour for each position, fitted to the mini's latents."""
+    return _previewer(LINEAR_PREVIEW)
+
+
 def places(kind: str) -> str:
     """The folders of a kind of network, for people."""
     *others, last = (f"models/{folder}" for folder in FOLDERS[kind])
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def progress(steps: int) -> Progress:
-    """Moves the node's bar after every step, and raises ComfyUI's interruption after Cancel."""
+def progress(steps: int, previewer: Model | None = None) -> Progress:
+    """Moves the node's bar after every step, and raises ComfyUI's interruption after Cancel.
+
+    With a previewer it shows the first of the batch as it is then, unless the user has chosen no previews (ComfyUI's
+    --preview-method, or its page's setting).
+    """
     bar = comfy.utils.ProgressBar(steps)
+    shows = previewer is not None and args.preview_method != LatentPreviewMethod.NoPreviews
+    if shows:
+        previewer.load()
 
     def report(step: int, steps: int, clean: Tensor) -> None:
         management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(step, steps)
+        bar.update_absolute(step, steps, _preview(previewer, clean[:1]) if shows else None)
 
     return report
 
@@ -137,6 +159,20 @@ def progress(steps: int) -> Progress:
 def to_intermediate(tensor: Tensor) -> Tensor:
     """As ComfyUI wants what passes between nodes."""
     return tensor.to(management.intermediate_device(), torch.float32)
+
+
+def _preview(previewer: Model, latent: Tensor) -> tuple[str, Image.Image, int] | None:
+    """latent (1, 16, p, q) -> format, picture and longest side in pixels, as ComfyUI sends them to its page.
+
+    It is computed where the previewer lies, which may have been moved since to make room. None where the latent is not
+    finite: what went wrong is the sampler's to say.
+    """
+    if not is_finite(latent):
+        return None
+    device = next(previewer.network.parameters()).device
+    [picture] = preview(previewer.network, latent.to(device), previewer.dtype)
+    pixels = (picture * 255).round().byte().cpu().numpy()
+    return "JPEG", Image.fromarray(pixels), args.preview_size
 
 
 def _listed(kind: str, name: str) -> Path:
@@ -179,10 +215,17 @@ def _semantic_compressor(path: Path) -> Model:
     return Model(network, ModelPatcher(network, device, offload), torch.float32)
 
 
+def _previewer(path: Path) -> Model:
+    device, offload = management.vae_device(), management.vae_offload_device()
+    network = files.load_previewer(path, offload)
+    return Model(network, ModelPatcher(network, device, offload), torch.float32)
+
+
 LOADERS: dict[str, Callable[[Path], Model]] = {
     "stage_a": _stage_a,
     "stage_b": partial(_diffusion, files.load_stage_b),
     "stage_c": partial(_diffusion, files.load_stage_c),
     "text_encoder": _text_encoder,
     "semantic_compressor": _semantic_compressor,
+    "previewer": _previewer,
 }

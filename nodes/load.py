@@ -38,6 +38,11 @@ class WuerstchenLoadModel(io.ComfyNode):
                     display_name="semantic compressor",
                     tooltip="Picture to the small latent that Stage C makes from text.",
                 ),
+                sockets.Previewer.Output(
+                    "previewer",
+                    display_name="previewer",
+                    tooltip="For previews of Stage C's latents; nothing if the set has none, as the mini has not.",
+                ),
             ],
         )
 
@@ -51,6 +56,7 @@ class WuerstchenLoadModel(io.ComfyNode):
             networks["stage_b"],
             networks["stage_a"],
             networks["semantic_compressor"],
+            networks.get("previewer"),
         )
 
 
@@ -140,5 +146,19 @@ class WuerstchenLoadSemanticCompressor(NetworkLoader):
             "Loads the semantic compressor. Of v2 it is in the authors' file of Stage B, model_v2_stage_b.pt.",
             sockets.SemanticCompressor.Output(
                 display_name="semantic compressor", tooltip="For Würstchen Semantic Compress."
+            ),
+        )
+
+
+class WuerstchenLoadPreviewer(NetworkLoader):
+    KIND = "previewer"
+
+    @classmethod
+    def define_schema(cls):
+        return cls.schema(
+            "Previewer",
+            "Loads a previewer, which shows latents of Stage C as small pictures. None is published: train one.",
+            sockets.Previewer.Output(
+                display_name="previewer", tooltip="For Würstchen Semantic Preview and Würstchen Stage C Sampler."
             ),
         )

@@ -11,6 +11,7 @@ StageB = io.Custom("WUERSTCHEN_STAGE_B")
 StageC = io.Custom("WUERSTCHEN_STAGE_C")
 TextEncoder = io.Custom("WUERSTCHEN_TEXT_ENCODER")
 SemanticCompressor = io.Custom("WUERSTCHEN_SEMANTIC_COMPRESSOR")
+Previewer = io.Custom("WUERSTCHEN_PREVIEWER")
 
 
 def seed_input(tooltip: str) -> io.Int.Input:
@@ -28,6 +29,15 @@ def sampling_inputs(steps: int, cfg: float, cfg_tooltip: str) -> list[io.Input]:
             "sampler", options=list(SAMPLERS), default="ddpm", tooltip="ddpm adds fresh noise at every step."
         ),
     ]
+
+
+def previewer_input() -> io.Input:
+    return Previewer.Input(
+        "previewer",
+        optional=True,
+        tooltip="From Würstchen Load Previewer, or Würstchen Load Model if its set has one. Without, each position "
+        "of the latent is one colour, as fits the mini.",
+    )
 
 
 def size_inputs(what: str) -> list[io.Int.Input]:

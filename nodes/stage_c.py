@@ -72,13 +72,25 @@ class WuerstchenStageCSampler(io.ComfyNode):
                     step=0.01,
                     tooltip="1 starts from pure noise; less keeps that much more of the latent, 0 all of it.",
                 ),
+                sockets.previewer_input(),
             ],
             outputs=[io.Latent.Output(tooltip="For Würstchen Stage B Sampler.")],
         )
 
     @classmethod
     def execute(
-        cls, stage_c: host.Model, positive, negative, latent, seed, steps, cfg, sampler, schedule, denoise
+        cls,
+        stage_c: host.Model,
+        positive,
+        negative,
+        latent,
+        seed,
+        steps,
+        cfg,
+        sampler,
+        schedule,
+        denoise,
+        previewer: host.Model | None = None,
     ) -> io.NodeOutput:
         samples = latents.samples_of(
             latent,
@@ -87,6 +99,7 @@ class WuerstchenStageCSampler(io.ComfyNode):
             "Würstchen Empty Latent or Würstchen Semantic Compress",
         )
         geometry = latents.geometry_of_stage_c(latent)
+        progress = host.progress(steps, previewer or host.linear_preview())
         device = stage_c.load()
         mask = latents.mask_of(latent, geometry)
         with apply_loras(stage_c.network, stage_c.loras):
@@ -104,6 +117,6 @@ class WuerstchenStageCSampler(io.ComfyNode):
                 mask=None if mask is None else mask.to(device),
                 batch_index=latent.get("batch_index"),
                 dtype=stage_c.dtype,
-                progress=host.progress(steps),
+                progress=progress,
             )
         return io.NodeOutput(latents.pack(sampled, geometry, like=latent))

@@ -131,7 +131,8 @@ def models(pack, tmp_path, monkeypatch):
     import folder_paths
 
     root = tmp_path / "models"
-    for name in ("checkpoints", "clip_vision", "diffusion_models", "loras", "text_encoders", "vae", "wuerstchen"):
+    folders = ("checkpoints", "clip_vision", "diffusion_models", "loras", "text_encoders", "vae", "vae_approx")
+    for name in (*folders, "wuerstchen"):
         (root / name).mkdir(parents=True)
         extensions = set() if name == "wuerstchen" else folder_paths.supported_pt_extensions
         monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(root / name)], extensions))

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,18 @@ import torch.nn.functional as F
 import wuerstchen_core as w
 from wuerstchen_core import Geometry
 from wuerstchen_core.checkpoints.files import SET
+from wuerstchen_core.models.previewer import Previewer, PreviewerConfig
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
-from wuerstchen_core.pipeline import compress, decode, encode, fit, sample_stage_b, sample_stage_c
+from wuerstchen_core.pipeline import (
+    LINEAR_PREVIEW,
+    compress,
+    decode,
+    encode,
+    fit,
+    preview,
+    sample_stage_b,
+    sample_stage_c,
+)
 
 ROOT = Path(__file__).parents[1]
 LARGEST_SEED = 2**64 - 1
@@ -25,7 +36,7 @@ QUICK_B = {"seed": 3, "steps": 2, "cfg": 1.0, "sampler": "ddpm"}
 
 @pytest.fixture(scope="module")
 def loaded(run):
-    names = ("text_encoder_c", "stage_c", "text_encoder_b", "stage_b", "stage_a", "semantic_compressor")
+    names = ("text_encoder_c", "stage_c", "text_encoder_b", "stage_b", "stage_a", "semantic_compressor", "previewer")
     return dict(zip(names, run("WuerstchenLoadModel", model="tiny")))
 
 
@@ -50,6 +61,11 @@ def stage_b(run, loaded):
         return run("WuerstchenStageBSampler", stage_b=loaded["stage_b"], latent=latent, **{**QUICK_B, **options})
 
     return sample
+
+
+@pytest.fixture(scope="module")
+def previewer(module, previewer_file):
+    return module("nodes.host").LOADERS["previewer"](previewer_file)
 
 
 @pytest.fixture
@@ -82,6 +98,7 @@ def test_the_pack_has_its_nodes(nodes):
         "WuerstchenLoadStageC",
         "WuerstchenLoadTextEncoder",
         "WuerstchenLoadSemanticCompressor",
+        "WuerstchenLoadPreviewer",
         "WuerstchenLoadLoRA",
         "WuerstchenTextEncode",
         "WuerstchenEmptyLatent",
@@ -90,6 +107,7 @@ def test_the_pack_has_its_nodes(nodes):
         "WuerstchenVQGANDecode",
         "WuerstchenVQGANEncode",
         "WuerstchenSemanticCompress",
+        "WuerstchenSemanticPreview",
     }
 
 
@@ -129,7 +147,7 @@ def test_sockets_are_comfyuis_except_for_networks(nodes):
     }
     ours = {name for name in types if name.startswith("WUERSTCHEN_")}
     assert types - ours == {"IMAGE", "LATENT", "CONDITIONING", "INT", "FLOAT", "STRING", "COMBO"}
-    assert len(ours) == 5
+    assert len(ours) == 6
 
 
 def test_only_host_imports_comfyui_and_the_pack_imports_itself_relatively():
@@ -188,10 +206,12 @@ def test_outputs_are_in_the_schemas_order(nodes, loaded, run):
         "WUERSTCHEN_STAGE_B": "DiffNeXt",
         "WUERSTCHEN_STAGE_C": "Prior",
         "WUERSTCHEN_SEMANTIC_COMPRESSOR": "SemanticCompressor",
+        "WUERSTCHEN_PREVIEWER": "NoneType",
     }
     outputs = nodes["WuerstchenLoadModel"].define_schema().outputs
     models = run("WuerstchenLoadModel", model="tiny")
-    assert [kinds[output.get_io_type()] for output in outputs] == [type(model.network).__name__ for model in models]
+    networks = [model and model.network for model in models]
+    assert [kinds[output.get_io_type()] for output in outputs] == [type(network).__name__ for network in networks]
     assert [output.id for output in outputs] == list(loaded)
 
 
@@ -209,6 +229,20 @@ def test_stage_b_gets_a_text_encoder_of_its_own_if_there_is_one(run, loaded, tin
         shutil.rmtree(folder)
 
 
+def test_a_sets_previewer_is_loaded_if_there_is_one(run, tiny_folder, previewer_file):
+    import folder_paths
+
+    assert run("WuerstchenLoadModel", model="tiny")[-1] is None
+    folder = Path(folder_paths.models_dir) / "wuerstchen" / "seen"
+    shutil.copytree(tiny_folder, folder)
+    shutil.copy(previewer_file, folder / SET["previewer"])
+    try:
+        network = run("WuerstchenLoadModel", model="seen")[-1].network
+        assert network.config.widths == (8, 8, 4, 4) and not network.training
+    finally:
+        shutil.rmtree(folder)
+
+
 # Loading one file: node -> where its files lie, the core's loader, a file of that network
 
 SINGLE = {
@@ -221,7 +255,22 @@ SINGLE = {
         w.load_semantic_compressor,
         SET["semantic_compressor"],
     ),
+    "WuerstchenLoadPreviewer": (("vae_approx", "checkpoints"), w.load_previewer, SET["previewer"]),
 }
+
+
+@pytest.fixture(scope="module")
+def previewer_file(tmp_path_factory):
+    torch.manual_seed(2)
+    path = tmp_path_factory.mktemp("previewer") / "previewer.safetensors"
+    w.save(Previewer(PreviewerConfig(widths=(8, 8, 4, 4))), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def file_of(tiny_folder, previewer_file):
+    """name in a set -> a file of that network"""
+    return lambda name: previewer_file if name == SET["previewer"] else tiny_folder / name
 
 
 @pytest.fixture
@@ -244,11 +293,11 @@ def test_a_loader_lists_the_weight_files_of_its_folders(listed, models, node_id)
 
 
 @pytest.mark.parametrize("node_id", SINGLE)
-def test_a_loader_gives_what_the_core_loads(run, listed, models, tiny_folder, node_id):
+def test_a_loader_gives_what_the_core_loads(run, listed, models, file_of, node_id):
     folders, load, name = SINGLE[node_id]
     for i, folder in enumerate((*folders, "wuerstchen")):
-        shutil.copy(tiny_folder / name, models / folder / f"{i}.safetensors")
-        network, expected = run(node_id, file=f"{i}.safetensors").network, load(tiny_folder / name)
+        shutil.copy(file_of(name), models / folder / f"{i}.safetensors")
+        network, expected = run(node_id, file=f"{i}.safetensors").network, load(file_of(name))
         assert repr(network.config) == repr(expected.config) and not network.training
         ours, theirs = network.state_dict(), expected.state_dict()
         assert list(ours) == list(theirs) and all(ours[key].equal(theirs[key]) for key in ours)
@@ -295,11 +344,11 @@ def test_one_folder_under_two_names_is_listed_once(listed, models):
 
 
 @pytest.mark.parametrize("node_id", SINGLE)
-def test_only_listed_names_are_a_way_to_a_file(run, models, tiny_folder, node_id, monkeypatch):
+def test_only_listed_names_are_a_way_to_a_file(run, models, file_of, node_id, monkeypatch):
     folders, _, name = SINGLE[node_id]
-    shutil.copy(tiny_folder / name, models / folders[0] / "a.safetensors")
-    shutil.copy(tiny_folder / name, models / "a.safetensors")
-    shutil.copy(tiny_folder / name, models / folders[0] / "a.txt")
+    shutil.copy(file_of(name), models / folders[0] / "a.safetensors")
+    shutil.copy(file_of(name), models / "a.safetensors")
+    shutil.copy(file_of(name), models / folders[0] / "a.txt")
     monkeypatch.chdir(models)
     for path in ("a.safetensors", f"../{folders[0]}/a.safetensors", "../a.safetensors", str(models / "a.safetensors"),
                  "./a.safetensors", "a.txt", "", "a.safetensors [checkpoints]"):  # fmt: skip
@@ -312,12 +361,12 @@ def test_only_listed_names_are_a_way_to_a_file(run, models, tiny_folder, node_id
 
 
 @pytest.mark.parametrize("node_id", SINGLE)
-def test_a_wrong_file_is_named_and_what_was_loaded_goes_on(run, models, tiny_folder, tiny, node_id):
+def test_a_wrong_file_is_named_and_what_was_loaded_goes_on(run, models, file_of, tiny, node_id):
     folders, _, name = SINGLE[node_id]
     other = SET["stage_c"] if name != SET["stage_c"] else SET["stage_b"]
-    shutil.copy(tiny_folder / name, models / folders[0] / "right.safetensors")
-    shutil.copy(tiny_folder / other, models / folders[0] / "wrong.safetensors")
-    (models / folders[0] / "cut.safetensors").write_bytes((tiny_folder / name).read_bytes()[:-100])
+    shutil.copy(file_of(name), models / folders[0] / "right.safetensors")
+    shutil.copy(file_of(other), models / folders[0] / "wrong.safetensors")
+    (models / folders[0] / "cut.safetensors").write_bytes(file_of(name).read_bytes()[:-100])
     model = run(node_id, file="right.safetensors")
     before = {key: value.clone() for key, value in model.network.state_dict().items()}
     kind = other.split(".")[0]
@@ -352,7 +401,9 @@ def test_the_other_stages_text_encoder_is_told_by_both_widths(run, models, tiny_
 # Loading and memory
 
 
-def test_each_node_has_its_network_loaded_before_it_computes(run, loaded, text, stage_c, stage_b, empty, monkeypatch):
+def test_each_node_has_its_network_loaded_before_it_computes(
+    run, loaded, previewer, text, stage_c, stage_b, empty, monkeypatch
+):
     import comfy.model_management as management
 
     log = []
@@ -362,7 +413,8 @@ def test_each_node_has_its_network_loaded_before_it_computes(run, loaded, text, 
         assert force_full_load == (role not in ("stage_b", "stage_c"))  # whose layers alone can be loaded in part
 
     monkeypatch.setattr(management, "load_models_gpu", load_models_gpu)
-    for role in ("text_encoder_c", "stage_c", "stage_b", "stage_a", "semantic_compressor"):
+    loaded = {**loaded, "previewer": previewer}
+    for role in ("text_encoder_c", "stage_c", "stage_b", "stage_a", "semantic_compressor", "previewer"):
         model = loaded[role]
         first = model.network.register_forward_pre_hook(lambda network, _: log.append(network))
         hooks = [first, *(part.register_forward_pre_hook(lambda *_, n=model.network: log.append(n))
@@ -379,6 +431,8 @@ def test_each_node_has_its_network_loaded_before_it_computes(run, loaded, text, 
             latent = run("WuerstchenVQGANEncode", stage_a=model, image=picture(64, 64))
             run("WuerstchenVQGANDecode", stage_a=model, latent=latent)
             assert log.count(model.patcher) == 2
+        elif role == "previewer":
+            run("WuerstchenSemanticPreview", latent=empty(), previewer=model)
         else:
             run("WuerstchenSemanticCompress", semantic_compressor=model, image=picture(64, 64), width=128, height=128)
         for hook in hooks:
@@ -395,7 +449,7 @@ def test_comfyui_decides_the_precision(run, text, empty, stage_c, monkeypatch):
     monkeypatch.setattr(management, "unet_manual_cast", lambda *_: None)
     monkeypatch.setattr(management, "should_use_fp16", lambda *_: True)
     monkeypatch.setattr(management, "vae_dtype", lambda *_: torch.bfloat16)
-    encoder, prior, _, diffnext, vqgan, compressor = run("WuerstchenLoadModel", model="tiny")
+    encoder, prior, _, diffnext, vqgan, *_ = run("WuerstchenLoadModel", model="tiny")
     for model, dtype in ((encoder, torch.float16), (prior, torch.bfloat16), (diffnext, torch.bfloat16),
                          (vqgan, torch.bfloat16)):  # fmt: skip
         assert {weight.dtype for weight in model.network.parameters()} == {dtype}
@@ -488,6 +542,21 @@ def test_vqgan_encode_cuts_what_does_not_fit_and_transparency(run, loaded):
     latent = run("WuerstchenVQGANEncode", stage_a=loaded["stage_a"], image=image)
     cut = run("WuerstchenVQGANEncode", stage_a=loaded["stage_a"], image=image[:, 2:138, 1:201, :3])
     same(latent["samples"], cut["samples"])
+
+
+def test_semantic_preview_is_the_cores(run, previewer, previewer_file):
+    latent = {"samples": noise(2, 16, 3, 5), "extra": 1}
+    images = run("WuerstchenSemanticPreview", latent=latent, previewer=previewer)
+    assert images.shape == (2, 24, 40, 3) and images.dtype == torch.float32
+    same(images, preview(w.load_previewer(previewer_file), latent["samples"]))
+
+
+def test_semantic_preview_goes_without_a_previewer(run):
+    """Both where nothing is linked and where a set without a previewer is."""
+    samples = noise(2, 16, 3, 5)
+    expected = preview(w.load_previewer(LINEAR_PREVIEW), samples)
+    same(run("WuerstchenSemanticPreview", latent={"samples": samples}), expected)
+    same(run("WuerstchenSemanticPreview", latent={"samples": samples}, previewer=None), expected)
 
 
 @pytest.mark.parametrize(("width", "height"), [(256, 256), (264, 200), (136, 328)])
@@ -740,6 +809,10 @@ def test_a_latent_of_the_wrong_stage_says_where_to_take_it_from(run, nodes, load
             lambda: run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=of_c),
             ("Würstchen Stage B Sampler", "Würstchen VQGAN Encode"),
         ),
+        (
+            lambda: run("WuerstchenSemanticPreview", latent=of_a),
+            ("Würstchen Stage C Sampler", "Würstchen Semantic Compress"),
+        ),
     ]
     for wrong, sources in cases:
         with pytest.raises(ValueError, match="take it from") as caught:
@@ -791,3 +864,94 @@ def test_cancel_stops_within_one_step(stage, loaded, empty, stage_c, stage_b, mo
     with pytest.raises(management.InterruptProcessingException):
         {"c": stage_c, "b": stage_b}[stage](empty(), steps=8)
     assert len(calls) == 2
+
+
+# Previews while Stage C samples
+
+
+@pytest.fixture
+def previews(monkeypatch):
+    """(step, what is shown then) of every step, once the user wants previews."""
+    import comfy.cli_args as cli
+    import comfy.utils
+
+    monkeypatch.setattr(cli.args, "preview_method", cli.LatentPreviewMethod.Auto)
+    monkeypatch.setattr(cli.args, "preview_size", 300)
+    seen = []
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, shown, node_id=None: seen.append((value, shown))
+    )
+    return seen
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_each_steps_clean_latent_is_shown(given, tiny, text, empty, stage_c, previewer, previewer_file, previews):
+    """The first of the batch, as the core predicts it at that step and the previewer draws it."""
+    clean = []
+    sample_stage_c(
+        tiny.stage_c,
+        empty(batch_size=2)["samples"],
+        text("a cat")[0][0],
+        text("")[0][0],
+        steps=4,
+        cfg=3.0,
+        seed=3,
+        progress=lambda step, steps, latent: clean.append(latent[:1]),
+    )
+    stage_c(empty(batch_size=2), steps=4, cfg=3.0, **({"previewer": previewer} if given else {}))
+    network = w.load_previewer(previewer_file if given else LINEAR_PREVIEW)
+    assert [step for step, _ in previews] == [1, 2, 3, 4]
+    for (_, (kind, shown, longest)), predicted in zip(previews, clean):
+        assert kind == "JPEG" and shown.mode == "RGB" and shown.size == (24, 24) and longest == 300
+        expected = (preview(network, predicted)[0] * 255).numpy()
+        assert np.abs(np.array(shown) - expected).max() <= 1
+    assert not np.array_equal(np.array(previews[0][1][1]), np.array(previews[-1][1][1]))
+
+
+def test_previews_change_nothing_in_the_latent(empty, stage_c, previewer, previews):
+    shown = stage_c(empty(), previewer=previewer)["samples"]
+    previews.clear()
+    plain = stage_c(empty())["samples"]
+    assert previews and shown.equal(plain)
+
+
+def test_nobody_who_chose_no_previews_gets_any(empty, stage_c, previewer, previews, monkeypatch):
+    import comfy.cli_args as cli
+    import comfy.model_management as management
+
+    monkeypatch.setattr(cli.args, "preview_method", cli.LatentPreviewMethod.NoPreviews)
+    moved = []
+    monkeypatch.setattr(management, "load_models_gpu", lambda models, **_: moved.extend(models))
+    hook = previewer.network.register_forward_pre_hook(lambda *_: pytest.fail("it was drawn all the same"))
+    stage_c(empty(), previewer=previewer)
+    hook.remove()
+    assert previews and all(shown is None for _, shown in previews)
+    assert previewer.patcher not in moved
+
+
+def test_the_previewer_is_loaded_before_stage_c(loaded, empty, stage_c, text, previewer, previews, monkeypatch):
+    """What is loaded last stays, should there be room for one only."""
+    import comfy.model_management as management
+
+    positive, negative = text("a cat"), text("")
+    moved = []
+    monkeypatch.setattr(management, "load_models_gpu", lambda models, **_: moved.extend(models))
+    stage_c(empty(), previewer=previewer, positive=positive, negative=negative)
+    assert moved[-2:] == [previewer.patcher, loaded["stage_c"].patcher]
+
+
+def test_a_latent_that_is_not_finite_is_stage_cs_error(loaded, empty, stage_c, previews, monkeypatch):
+    network = loaded["stage_c"].network
+    monkeypatch.setattr(network, "denoise", lambda x, *_: torch.full_like(x, float("nan")))
+    with pytest.raises(ValueError, match="Stage C gave values that are not finite"):
+        stage_c(empty(), steps=2)
+    assert [shown for _, shown in previews] == [None, None]
+
+
+def test_a_previewer_for_other_latents_is_refused(run, module, empty, stage_c, tmp_path, previews):
+    w.save(Previewer(PreviewerConfig(12, widths=())), tmp_path / "other.safetensors")
+    other = module("nodes.host").LOADERS["previewer"](tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="this previewer is for latents of 12 channels, not of 16"):
+        run("WuerstchenSemanticPreview", latent=empty(), previewer=other)
+    with pytest.raises(ValueError, match="this previewer is for latents of 12 channels, not of 16"):
+        stage_c(empty(), previewer=other)

@@ -1,6 +1,7 @@
 """Würstchen (arXiv 2306.00637): text to image in three stages. The interface is what is named here."""
 
 from .checkpoints.files import (
+    load_previewer,
     load_semantic_compressor,
     load_stage_a,
     load_stage_b,
@@ -20,6 +21,7 @@ __all__ = [
     "WuerstchenError",
     "apply_loras",
     "load_lora",
+    "load_previewer",
     "load_semantic_compressor",
     "load_stage_a",
     "load_stage_b",

@@ -24,6 +24,7 @@ from .diffusion.schedule import add_noise, sampling_times
 from .errors import WuerstchenError
 from .finite import is_finite
 from .geometry import Geometry
+from .models.previewer import Previewer
 from .models.semantic_compressor import SemanticCompressor
 from .models.stage_a import VQGAN
 from .models.stage_b import DiffNeXt
@@ -31,6 +32,7 @@ from .models.stage_c import Prior
 from .models.text_encoder import TextEncoder
 
 MINI = Path(__file__).parent / "mini"
+LINEAR_PREVIEW = MINI / "linear_preview.safetensors"  # a colour for each position; fitted to the mini
 
 Progress = Callable[[int, int, Tensor], None]  # (step from 1, steps, clean latent predicted at that step)
 
@@ -163,6 +165,21 @@ def decode(
     return rearrange(planes.clamp(0, 1), "b c h w -> b h w c")
 
 
+@torch.inference_mode()
+def preview(previewer: Previewer, latent: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """latent in Stage C's space (B, 16, p, q) -> small image (B, 8p, 8q, 3) in [0, 1], margins and all
+
+    Raises:
+        WuerstchenError: the previewer is for latents of another number of channels, or went beyond its precision.
+    """
+    channels = previewer.config.latent_channels
+    if latent.shape[1] != channels:
+        raise WuerstchenError(f"this previewer is for latents of {channels} channels, not of {latent.shape[1]}")
+    dtype = dtype or _dtype(previewer)
+    planes = _finite(previewer(latent.to(dtype)).float(), "the previewer", dtype)
+    return rearrange(planes.clamp(0, 1), "b c h w -> b h w c")
+
+
 def fit(image: Tensor, geometry: Geometry) -> Tensor:
     """image (B, H, W, 3) scaled to cover the geometry's size, its middle cut out"""
     height, width = image.shape[1:3]
@@ -176,7 +193,7 @@ def fit(image: Tensor, geometry: Geometry) -> Tensor:
 
 @dataclass
 class Wuerstchen:
-    """A whole set of networks. `text_encoder_c` and `text_encoder_b` may be the same one."""
+    """A whole set of networks. `text_encoder_c` and `text_encoder_b` may be the same one; the previewer is optional."""
 
     stage_a: VQGAN
     stage_b: DiffNeXt
@@ -184,6 +201,7 @@ class Wuerstchen:
     text_encoder_c: TextEncoder
     text_encoder_b: TextEncoder
     semantic_compressor: SemanticCompressor
+    previewer: Previewer | None = None
 
     @classmethod
     def from_files(
@@ -195,6 +213,7 @@ class Wuerstchen:
         text_encoder_c: str | Path,
         text_encoder_b: str | Path,
         semantic_compressor: str | Path,
+        previewer: str | Path | None = None,
         device="cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "Wuerstchen":
@@ -208,6 +227,7 @@ class Wuerstchen:
             text_encoder_c=encoder_c,
             text_encoder_b=encoder_c if shared else files.load_text_encoder(text_encoder_b, device, dtype),
             semantic_compressor=files.load_semantic_compressor(semantic_compressor, device, dtype),
+            previewer=None if previewer is None else files.load_previewer(previewer, device, dtype),
         )
 
     @classmethod

@@ -16,6 +16,7 @@ from ..atomic import replacing
 from ..errors import WuerstchenError
 from ..finite import is_finite
 from ..models.latent_space import LatentSpace
+from ..models.previewer import Previewer, PreviewerConfig
 from ..models.semantic_compressor import BackboneStage, SemanticCompressor, SemanticCompressorConfig
 from ..models.stage_a import VQGAN, StageAConfig
 from ..models.stage_b import DiffNeXt, StageBConfig
@@ -34,9 +35,11 @@ NETWORKS = {
     "stage_c": (Prior, StageCConfig),
     "semantic_compressor": (SemanticCompressor, SemanticCompressorConfig),
     "text_encoder": (TextEncoder, TextEncoderConfig),
+    "previewer": (Previewer, PreviewerConfig),
 }
 
-# A folder's whole set, by the names that `Wuerstchen.from_files` has for it; Stage B's own text encoder is optional.
+# A folder's whole set, by the names that `Wuerstchen.from_files` has for it. Stage B's own text encoder and the
+# previewer are optional.
 SET = {
     "stage_a": "stage_a.safetensors",
     "stage_b": "stage_b.safetensors",
@@ -44,14 +47,20 @@ SET = {
     "text_encoder_c": "text_encoder.safetensors",
     "text_encoder_b": "text_encoder_b.safetensors",
     "semantic_compressor": "semantic_compressor.safetensors",
+    "previewer": "previewer.safetensors",
 }
 
 
 def find_set(folder: str | Path) -> dict[str, Path]:
-    """The files of a folder that holds a whole set. Raises WuerstchenError naming those that are missing."""
+    """The files of a folder that holds a whole set; there is no "previewer" where the folder has none.
+
+    Raises WuerstchenError naming those that are missing.
+    """
     paths = {role: Path(folder) / name for role, name in SET.items()}
     if not paths["text_encoder_b"].exists():
         paths["text_encoder_b"] = paths["text_encoder_c"]
+    if not paths["previewer"].exists():
+        del paths["previewer"]
     missing = [path.name for path in paths.values() if not path.exists()]
     if missing:
         raise WuerstchenError(f"{folder}: not a whole set of weights, {', '.join(dict.fromkeys(missing))} missing")
@@ -104,6 +113,13 @@ def load_semantic_compressor(
 def load_text_encoder(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32) -> TextEncoder:
     """A text encoder from `path`, a CLIP's with or without its vision tower; see `load_stage_a`."""
     return _load("text_encoder", path, device, dtype)
+
+
+def load_previewer(
+    path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, operations=nn
+) -> Previewer:
+    """A previewer from `path`, in our layout, which is the only one; see `load_stage_a`."""
+    return _load("previewer", path, device, dtype, operations=operations)
 
 
 def outline(path: str | Path, kind: str) -> nn.Module:

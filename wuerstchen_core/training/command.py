@@ -16,6 +16,7 @@ STAGES = {
     "stage-a": ("stage_a", "Stage A, from pictures to latents and back, against an adversary"),
     "stage-b": ("stage_b", "Stage B, from semantic latents to Stage A's, and the semantic compressor with it"),
     "stage-c": ("stage_c", "Stage C, from text to semantic latents"),
+    "previewer": ("previewer", "a previewer, from semantic latents to small pictures"),
     "lora": ("lora", "a LoRA, a small file that changes Stage C"),
 }
 

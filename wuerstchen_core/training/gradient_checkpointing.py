@@ -4,9 +4,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..models.blocks import AttnBlock, ResBlock
+from ..models.previewer import ConvBlock
 from ..models.stage_a import MixingBlock
 
-BLOCKS = (ResBlock, AttnBlock, MixingBlock)  # none has a BatchNorm, whose statistics would see each batch twice
+# None has a BatchNorm, whose statistics would see each batch twice.
+BLOCKS = (ResBlock, AttnBlock, MixingBlock, ConvBlock)
 
 
 def checkpoint_blocks(network: nn.Module) -> None:

@@ -1,0 +1,34 @@
+from comfy_api.latest import io
+
+from ..wuerstchen_core.models.stage_c import StageCConfig
+from ..wuerstchen_core.pipeline import preview
+from . import host, latents, sockets
+
+
+class WuerstchenSemanticPreview(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WuerstchenSemanticPreview",
+            display_name="Würstchen Semantic Preview",
+            category=sockets.CATEGORY,
+            description="Shows what a latent of Stage C is about, as a small picture, without Stage B.",
+            inputs=[
+                io.Latent.Input("latent", tooltip="From Würstchen Stage C Sampler or Würstchen Semantic Compress."),
+                sockets.previewer_input(),
+            ],
+            outputs=[io.Image.Output(tooltip="Small pictures, 8 times the latent's size.")],
+        )
+
+    @classmethod
+    def execute(cls, latent, previewer: host.Model | None = None) -> io.NodeOutput:
+        samples = latents.samples_of(
+            latent,
+            StageCConfig().latent_channels,
+            "Würstchen Semantic Preview",
+            "Würstchen Stage C Sampler or Würstchen Semantic Compress",
+        )
+        previewer = previewer or host.linear_preview()
+        device = previewer.load()
+        images = preview(previewer.network, samples.to(device), previewer.dtype)
+        return io.NodeOutput(host.to_intermediate(images))

@@ -1,0 +1,60 @@
+"""The previewer: Stage C's latent -> a small picture (paper, appendix D), to see what Stage C draws without Stage B."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import WuerstchenError
+from .blocks import LayerNorm2d
+
+FACTOR = 8  # pixels of the small picture to a position of the latent
+
+
+@dataclass(frozen=True)
+class PreviewerConfig:
+    """The defaults have the paper's 3.9 M parameters. Without widths the previewer is linear: a colour a position."""
+
+    latent_channels: int = 16
+    widths: tuple[int, ...] = (512, 256, 128, 96)  # at 1, 2, 4 and 8 times the latent's size
+
+
+class ConvBlock(nn.Module):
+    """A 3x3 convolution of what is normalised, added to what comes in."""
+
+    def __init__(self, channels: int, operations=nn):
+        super().__init__()
+        self.norm = LayerNorm2d()
+        self.conv = operations.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.gelu(self.conv(self.norm(x)))
+
+
+class Previewer(nn.Module):
+    """Latent in Stage C's space -> picture of 8 times its size.
+
+    Raises:
+        WuerstchenError: the configuration has neither no widths nor four, which are three doublings.
+    """
+
+    def __init__(self, config: PreviewerConfig = PreviewerConfig(), operations=nn):
+        super().__init__()
+        self.config = config
+        widths = config.widths
+        if not widths:
+            self.layers = nn.Sequential(
+                operations.Conv2d(config.latent_channels, 3, 1), nn.Upsample(scale_factor=FACTOR, mode="nearest")
+            )
+            return
+        if 2 ** (len(widths) - 1) != FACTOR:
+            raise WuerstchenError(f"widths are {list(widths)}: a previewer has four, or none if it is linear")
+        layers = [operations.Conv2d(config.latent_channels, widths[0], 1), ConvBlock(widths[0], operations)]
+        for wide, narrow in zip(widths, widths[1:]):
+            layers += [operations.ConvTranspose2d(wide, narrow, 2, stride=2), ConvBlock(narrow, operations)]
+        layers += [LayerNorm2d(), operations.Conv2d(widths[-1], 3, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """latent (B, 16, p, q) in Stage C's space -> picture (B, 3, 8p, 8q), about [0, 1] but not clamped"""
+        return self.layers(latent)
