@@ -153,7 +153,7 @@ def emoji(tmp_path):
             colour = np.full(3, 60 if style == "fluent" else 0)
             colour[channel] = 255
             pictures.append(np.concatenate([(alpha[..., None] > 0) * colour, alpha[..., None]], axis=-1))
-            entries.append({"name": name, "keywords": ["round", "disc"], "style": style, "emoji": "●"})
+            entries.append({"name": name, "keywords": ["round", name.split()[0]], "style": style, "emoji": "●"})
     np.save(folder / "pictures.npy", np.array(pictures, dtype=np.uint8))
     (folder / "emoji.json").write_text(json.dumps({"sources": [], "emoji": entries}))
     return folder

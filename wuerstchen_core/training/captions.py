@@ -14,6 +14,11 @@ def plain_caption(name: str, style: str) -> str:
     return f"{name}, {style} style"
 
 
+def keyword_caption(keywords: tuple[str, ...], style: str) -> str:
+    """The canonical prompt for a plain picture by all its keywords instead of its name."""
+    return ", ".join((*keywords, f"{style} style"))
+
+
 def caption(description: Description, generator: random.Random) -> str:
     """A caption in one of many wordings: sometimes without the style, always with whatever is not plain."""
     d = description
@@ -25,19 +30,20 @@ def caption(description: Description, generator: random.Random) -> str:
     tail = []
 
     if by_keywords:
-        subject = ", ".join(generator.sample(keywords, min(len(keywords), generator.choice((2, 3)))))
+        count = min(len(keywords), generator.choice((2, 3, len(keywords))))
+        subject = ", ".join(generator.sample(keywords, count))
         if size:
             tail.append(f", {size}")
     else:
         subject = d.name
         if style and generator.random() < 0.2:
-            subject, style = generator.choice((f"{d.style} emoji of {_article(d.name)}", f"{d.style} {d.name}")), None
+            subject, style = generator.choice((f"{d.style} emoji of {with_article(d.name)}", f"{d.style} {d.name}")), None
         if size and generator.random() < 0.75:
             subject = f"{size} {subject}"
         elif size:
             tail.append(f", {size}")
         if generator.random() < 0.4:
-            subject = _article(subject)
+            subject = with_article(subject)
         if 0.15 <= chance < 0.25 and keywords:
             tail.append(f", {generator.choice(keywords)}")
 
@@ -47,7 +53,7 @@ def caption(description: Description, generator: random.Random) -> str:
     if d.background:
         colour = generator.choice(COLOUR_WORDS.get(d.background, (d.background,)))
         spellings = (" on {a} background", ", {} background", " on {}", ", on {a} background", " with {a} background")
-        tail.append(generator.choice(spellings).format(colour, a=_article(colour)))
+        tail.append(generator.choice(spellings).format(colour, a=with_article(colour)))
     if d.place:
         tail.append(generator.choice((" {}", ", {}")).format(d.place))
 
@@ -59,7 +65,7 @@ def caption(description: Description, generator: random.Random) -> str:
     return text.capitalize() if chance < 0.08 else text.upper() if chance < 0.1 else text
 
 
-def _article(words: str) -> str:
+def with_article(words: str) -> str:
     """The words after "a" or "an", or as they are where they look like a plural."""
     if words.endswith("s") and not words.endswith(("ss", "us")):
         return words

@@ -9,6 +9,8 @@ features.
 import dataclasses
 import math
 import random
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +25,24 @@ from ..checkpoints import files
 from ..diffusion.schedule import add_noise
 from ..errors import WuerstchenError
 from ..geometry import Geometry
-from ..models.blocks import LayerNorm2d, ResBlock, TimestepBlock
+from ..models.blocks import LayerNorm2d, ResBlock
 from ..models.latent_space import LatentSpace
 from ..models.semantic_compressor import BackboneStage, SemanticCompressor, SemanticCompressorConfig
 from ..models.stage_a import VQGAN, StageAConfig
 from ..models.stage_b import DiffNeXt, StageBConfig
 from ..models.stage_c import Prior, StageCConfig
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
-from .captions import caption, plain_caption
+from . import run
+from .captions import caption, keyword_caption, plain_caption
+from .draws import Draws
 from .emoji import Description, EmojiSet
-from .loop import Plan, train
+from .initialise import initialise
 from .losses import contrastive_loss, diffusion_loss, quantization_loss
+from .task import Task
 
 SIDE = 256
 GEOMETRY = Geometry(SIDE, SIDE)
+SEMANTIC = (16, *GEOMETRY.stage_c)
 LATENT_SPACE = LatentSpace(shift=0.0, scale=1.0)
 
 STAGE_A = StageAConfig(widths=(48, 96), bottleneck_blocks=3, codebook_size=1024, scale_factor=1.0)
@@ -46,8 +52,8 @@ COMPRESSOR = SemanticCompressorConfig(
     features=384,
     latent_space=LATENT_SPACE,
 )
-TEXT_ENCODER = TextEncoderConfig(width=192, layers=7, heads=3)
-READING = 4  # its first blocks; the others remember
+TEXT_ENCODER = TextEncoderConfig(width=192, layers=9, heads=3)
+READING, REMEMBERING = 4, 4  # its first blocks, and the next; the last one places
 STAGE_B = StageBConfig(
     widths=(48, 96, 192, 192),
     heads=(0, 0, 3, 3),
@@ -58,6 +64,20 @@ STAGE_B = StageBConfig(
 )
 STAGE_C = StageCConfig(width=256, depth=4, heads=4, text_width=192)
 
+
+@dataclasses.dataclass(frozen=True)
+class Plan(run.Plan):
+    """With the defaults of small networks that learn for minutes."""
+
+    batch: int = 16
+    warm_up: int = 200
+    cool_down: float = 0.25
+    ema_every: int = 10
+    ema_decay: float = 0.98
+    save_every: int = 200
+    sample_every: int = 0
+
+
 PLANS = {
     "stage_a": Plan(steps=3500, batch=16, learning_rate=2e-3),
     "semantic_compressor": Plan(steps=1300, batch=16, learning_rate=2e-3),
@@ -66,17 +86,29 @@ PLANS = {
     "stage_c": Plan(steps=4000, batch=40, learning_rate=8e-4, cool_down=0.12, gradient_norm=0.5),
 }
 
-# What the text encoder learns by heart.
-MEMORY_PLAN = Plan(steps=12500, batch=512, learning_rate=5e-3, cool_down=0.6, save_every=1000)
+# What the text encoder learns by heart, and how it learns to put what it remembers in its place.
+MEMORY_PLAN = Plan(steps=24000, batch=512, learning_rate=5e-3, cool_down=0.6, save_every=1000)
+PLACE_PLAN = Plan(steps=200, batch=64, learning_rate=1e-3, warm_up=50)
 
 # Of how many pictures of each emoji the features are kept, the plain one first.
 VARIANTS = {"semantic_compressor": 5, "stage_a": 2}
 PATCH = 16  # pixels of a small picture to a position of Stage C's latent: the compressor learns on 96x96
 CROP = 64  # Stage A learns from crops of this side
 PLAIN = 0.7  # share of plain pictures among those that texts are learned with
+MARKED = (6, 122)  # channels of the text encoder's states, equal but in the end token's
+MARK = 0.3  # by how much they differ there
+
+# How the text encoder's last block starts. By then a state is some 800 long.
+OBSERVED = 60  # batches of captions that least squares goes by
+SEAT_CODE = 3000.0  # length of the codes of the last positions: more than what the other blocks add to a state
+MARK_SEEN = 0.005  # what normalisation leaves of the mark at least
+SHARPNESS = 40.0  # by how much the end token's key then stands out
+BROUGHT = 150.0  # how much of the end token's state, whose channels have unit variance, is brought to the others
+LIFT = 5.0  # where GELU is the identity, and its negative where it is zero
+TELLING = 1500.0  # length of what a unit adds to a state
 TOLD = 12  # positions of the latent that a caption must tell in a step of the text encoder
-CAPTIONS = (0,) * 7 + (1, 1, 2, 3, 4)  # which of an emoji's pictures the captions are about whose states are kept
-REHEARSED = (0,) * 12 + (1, 1, 2, 2, 3, 3, 4, 4)  # the same of the captions that are learned by heart
+CAPTIONS = (0,) * 5 + (1, 2, 3, 4)  # which of an emoji's pictures the captions are about whose states are kept
+REHEARSED = (0,) * 16 + (1, 2, 3, 4) * 3  # the same of the captions that are learned by heart
 REPEATS = 2  # Stage C sees each caption of a batch at this many noise levels
 
 
@@ -100,6 +132,32 @@ def train_mini(data: str | Path, work: str | Path, only: str | None = None, step
             TRAINERS[name](emoji, work, plan)
 
 
+def train(network: nn.Module, loss: Callable[[random.Random], Tensor], plan: Plan, folder: Path) -> None:
+    """Trains `network` in place to the end of the plan, from where the last run in `folder` has stopped, and leaves it
+    with its averaged weights, in eval mode.
+
+    `loss(generator)` draws one batch with the generator (and torch's own) and gives its loss.
+    """
+    recipe = Recipe(network, loss)
+    run.train(recipe, plan, folder, lambda first, rank, world: repeat({"key": [""] * plan.batch}))
+    recipe.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["averaged"], strict=False)
+    recipe.eval()
+
+
+class Recipe(Task):
+    """A network and its loss, which draws its own batches."""
+
+    def __init__(self, network: nn.Module, loss: Callable[[random.Random], Tensor]):
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        return {"loss": self.loss(draws.common)}
+
+    def exported(self) -> dict[str, nn.Module]:
+        return {}
+
+
 def train_stage_a(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     """Reconstruction and codebook: a quarter of a batch is decoded from quantized latents, the rest as Stage B gives
     them."""
@@ -117,7 +175,7 @@ def train_stage_a(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         error = F.l1_loss(drawn, pictures) + 10 * F.mse_loss(drawn, pictures)
         return error + 0.1 * quantization_loss(latent, quantized)
 
-    train(stage_a, loss, plan, work / "stage_a.pt")
+    train(stage_a, loss, plan, work / "stage_a")
     generator = random.Random(plan.seed)
     with torch.no_grad():
         deviation = stage_a.encode(torch.stack([_draw(emoji, generator)[0] for _ in range(64)])).std().item()
@@ -191,7 +249,7 @@ def train_semantic_compressor(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         again = networks["decoder"](features + 0.05 * torch.randn_like(features))
         return 10 * F.mse_loss(again, small) + 0.3 * F.mse_loss(features, patches.coefficients(small))
 
-    train(networks, loss, plan, work / "semantic_compressor.pt")
+    train(networks, loss, plan, work / "semantic_compressor")
 
     # A batch's own mean and variance say too much about its few backgrounds: the end is learned without them.
     def loss_with_fixed_statistics(generator: random.Random) -> Tensor:
@@ -201,7 +259,7 @@ def train_semantic_compressor(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         return loss(generator)
 
     end = dataclasses.replace(plan, steps=plan.steps // 2, learning_rate=plan.learning_rate / 2)
-    train(networks, loss_with_fixed_statistics, end, work / "semantic_compressor_end.pt")
+    train(networks, loss_with_fixed_statistics, end, work / "semantic_compressor_end")
     files.save(networks["compressor"], work / "semantic_compressor.safetensors", torch.float16)
 
 
@@ -225,6 +283,16 @@ class Features:
 
     def captions(self, drawn: list[tuple[int, int]], generator: random.Random) -> list[str]:
         return [caption(self.descriptions[i][v], generator) for i, v in drawn]
+
+    def captions_of(self, i: int, variants: tuple[int, ...], generator: random.Random) -> list[str]:
+        """A caption for each of an emoji's pictures in `variants`; the first two, of the plain one, are canonical: by
+        name and, if there are any, by keywords."""
+        captions = self.captions([(i, variant) for variant in variants], generator)
+        plain = self.descriptions[i][0]
+        captions[0] = plain_caption(plain.name, plain.style)
+        if plain.keywords:
+            captions[1] = keyword_caption(plain.keywords, plain.style)
+        return captions
 
 
 def arrangements(emoji: EmojiSet, i: int) -> list[tuple[Description, dict]]:
@@ -268,17 +336,44 @@ def load_features(emoji: EmojiSet, work: Path, with_stage_a: bool = False) -> Fe
 
 
 def train_text_encoder(emoji: EmojiSet, work: Path, plan: Plan) -> None:
-    """The first blocks learn to read, the others to remember. Both stay small beside Stage C's training."""
+    """The first blocks learn to read, the next to remember, the last to place. All stay small beside Stage C's training."""
     seen = load_features(emoji, work)
     reader = TextEncoder(dataclasses.replace(TEXT_ENCODER, layers=READING))
-    learn_to_read(reader, seen, plan, work / "text_encoder.pt")
+    mark_ends(reader)
+    learn_to_read(reader, seen, plan, work / "text_encoder")
     encoder = TextEncoder(TEXT_ENCODER)
     encoder.load_state_dict(reader.state_dict(), strict=False)
-    remember(encoder, reader, seen, work / "text_encoder_memory.pt")
+    remember(encoder, reader, seen, work / "text_encoder_memory")
+    place(encoder, seen, work / "text_encoder_place")
     files.save(encoder, work / "text_encoder.safetensors", torch.float16)
 
 
-def learn_to_read(reader: TextEncoder, seen: Features, plan: Plan, checkpoint: Path) -> None:
+@torch.no_grad()
+def mark_ends(encoder: TextEncoder) -> None:
+    """Two channels of all states become the same, but for a difference of MARK in the end token's.
+
+    So the last block can find the end token, whatever the others have made of its state.
+    """
+    one, other = MARKED
+    for embedding in (encoder.tower.token_embedding.weight, encoder.tower.positional_embedding):
+        embedding[:, one] = embedding[:, other] = (embedding[:, one] + embedding[:, other]) / 2
+    end = encoder.tower.token_embedding.weight[encoder.tokenizer.eot_token_id]
+    end[one] += MARK / 2
+    end[other] -= MARK / 2
+    keep_mark(encoder.tower.transformer.resblocks)
+
+
+@torch.no_grad()
+def keep_mark(blocks: Iterable[nn.Module]) -> None:
+    """What blocks add to a state is the same in the two channels."""
+    one, other = MARKED
+    for block in blocks:
+        for linear in (block.attn.out_proj, block.mlp.c_proj):
+            for parameter in (linear.weight, linear.bias):
+                parameter[one] = parameter[other] = (parameter[one] + parameter[other]) / 2
+
+
+def learn_to_read(reader: TextEncoder, seen: Features, plan: Plan, folder: Path) -> None:
     """CLIP's contrastive learning, of captions and the semantic latents of the pictures they describe.
 
     Each of the last states must also tell its position of the latent, as well as it can.
@@ -296,8 +391,10 @@ def learn_to_read(reader: TextEncoder, seen: Features, plan: Plan, checkpoint: P
     networks.scale = nn.Parameter(torch.tensor(2.5))
 
     def loss(generator: random.Random) -> Tensor:
+        keep_mark(reader.tower.transformer.resblocks)
         drawn = seen.draw(plan.batch, generator, plain=PLAIN)
-        ends, told, positions = _read(reader, seen.captions(drawn, generator), generator)
+        positions = generator.sample(range(math.prod(GEOMETRY.stage_c)), TOLD)
+        ends, told = _read(reader, seen.captions(drawn, generator), positions)
         latents = _stack(seen.semantic, drawn)
         index = torch.tensor(drawn)
         same = (index[:, None] == index[None]).all(dim=2)
@@ -305,41 +402,130 @@ def learn_to_read(reader: TextEncoder, seen: Features, plan: Plan, checkpoint: P
         contrast = contrastive_loss(networks["text"](ends), pictures, networks.scale.exp(), same)
         return contrast + 8 * F.mse_loss(networks["latent"](told), latents.flatten(2)[:, :, positions].mT)
 
-    train(networks, loss, plan, checkpoint)
+    train(networks, loss, plan, folder)
 
 
-def remember(encoder: TextEncoder, reader: TextEncoder, seen: Features, checkpoint: Path) -> None:
+def remember(encoder: TextEncoder, reader: TextEncoder, seen: Features, folder: Path) -> None:
     """Which name stands for which picture is a table to be learned by heart.
 
-    Blocks without attention learn to tell the latent from the end token's state alone, or from one of the padding's: a
-    sample costs a thousandth of what it costs in Stage C, which then finds the latent told in most of the states.
+    Blocks without attention learn to tell the whole latent from the end token's state alone: a sample costs a thousandth
+    of what it costs in Stage C.
     """
-    blocks = encoder.tower.transformer.resblocks[READING:]
+    blocks = encoder.tower.transformer.resblocks[READING : READING + REMEMBERING]
     for block in blocks:
-        nn.init.zeros_(block.attn.out_proj.weight)
-        nn.init.zeros_(block.attn.out_proj.bias)
+        _silence(block.attn.out_proj)
     memory = nn.Sequential(*(Residual(nn.Sequential(block.ln_2, block.mlp)) for block in blocks))
-    head = nn.Sequential(encoder.tower.ln_final, nn.Linear(TEXT_ENCODER.width, math.prod(seen.semantic.shape[2:])))
+    head = nn.Sequential(nn.LayerNorm(TEXT_ENCODER.width), nn.Linear(TEXT_ENCODER.width, math.prod(SEMANTIC)))
     networks = nn.Sequential(memory, head)
-    states, latents = _states(reader, seen)
+    ends, latents = _ends(reader, seen)
 
     def loss(generator: random.Random) -> Tensor:
-        rows, which = torch.randint(len(states), (MEMORY_PLAN.batch,)), torch.randint(2, (MEMORY_PLAN.batch,))
-        return F.mse_loss(networks(states[rows, which]), latents[rows].float())
+        keep_mark(blocks)
+        rows = torch.randint(len(ends), (MEMORY_PLAN.batch,))
+        return F.mse_loss(networks(ends[rows]), latents[rows].float())
 
-    train(networks, loss, MEMORY_PLAN, checkpoint)
+    train(networks, loss, MEMORY_PLAN, folder)
+    keep_mark(blocks)
 
 
-def _read(encoder: TextEncoder, captions: list[str], generator: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-    """Captions -> the states of their end tokens (B, width), and some of the last states (B, TOLD, width) with the
-    positions (TOLD,) of the latent that they stand for. Other padding is left out: no state depends on it."""
+def place(encoder: TextEncoder, seen: Features, folder: Path) -> None:
+    """What the end token's state tells of the whole latent is brought to the last states, a position to each.
+
+    Gradient descent takes long to find how, so the last block starts near it: its attention brings the state that is
+    marked to all padding, and its MLP is a linear map for every position, switched on by the code that the positional
+    embedding gives to its seat. It then learns on, with one head for all positions, as Stage C will read them.
+    """
+    tower, width, (channels, *area) = encoder.tower, TEXT_ENCODER.width, SEMANTIC
+    positions = range(math.prod(area))
+    block = tower.transformer.resblocks[-1]
+    _silence(block.mlp.c_proj)
+    seats = nn.init.orthogonal_(torch.empty(len(positions), width))
+    tower.positional_embedding.data[-len(positions) :] = SEAT_CODE * seats
+
+    def read(generator: random.Random) -> tuple[Tensor, Tensor]:
+        """Of some captions the last states (B, seats, width), and what they should tell (B, seats, channels)."""
+        drawn = seen.draw(PLACE_PLAN.batch, generator, plain=PLAIN)
+        states = _read(encoder, seen.captions(drawn, generator), positions)[1]
+        return states, _stack(seen.semantic, drawn).flatten(2).mT
+
+    _bring_ends(block.attn)
+    states, latents, generator = [], [], random.Random("place")
+    hook = block.ln_2.register_forward_hook(lambda module, arguments, output: states.append(output[:, -len(seats) :]))
+    with torch.no_grad():
+        for _ in tqdm(range(OBSERVED), desc="captions"):
+            latents.append(read(generator)[1])
+    hook.remove()
+    _switch_on(block.mlp, torch.cat(states), torch.cat(latents))
+
+    head = nn.Linear(width, channels)
+    learning = nn.ModuleList([block, tower.ln_final, head])
+    encoder.requires_grad_(False)
+    learning.requires_grad_(True)
+
+    def loss(generator: random.Random) -> Tensor:
+        states, latents = read(generator)
+        return F.mse_loss(head(states), latents)
+
+    train(learning, loss, PLACE_PLAN, folder)
+
+
+@torch.no_grad()
+def _bring_ends(attention: nn.MultiheadAttention) -> None:
+    """Sets attention to bring the normalised state that is marked to all that comes after it."""
+    one, other = MARKED
+    width = attention.embed_dim
+    reach = width // attention.num_heads
+    queries, keys, values = attention.in_proj_weight.chunk(3)
+    for part in (queries, keys, attention.in_proj_bias, attention.out_proj.bias):
+        part.zero_()
+    attention.in_proj_bias[:width:reach] = reach**0.5
+    keys[::reach, one], keys[::reach, other] = SHARPNESS / MARK_SEEN, -SHARPNESS / MARK_SEEN
+    values.copy_(torch.eye(width))
+    attention.out_proj.weight.copy_(BROUGHT * torch.eye(width))
+
+
+@torch.no_grad()
+def _switch_on(mlp: nn.Module, states: Tensor, latents: Tensor) -> None:
+    """Sets an MLP to tell from the states (N, seats, width) the latents (N, seats, channels), a linear map a seat.
+
+    A hidden unit belongs to a seat and a channel. At its own seat it is lifted by LIFT to where GELU is the identity; at
+    all others it is lowered to where GELU is zero. A unit more to a seat, which is lifted only, takes LIFT off again.
+    """
+    count, seats, width = states.shape
+    channels = latents.shape[2]
+    maps = torch.stack([_least_squares(states[:, seat], latents[:, seat]) for seat in range(seats)])
+    own = 2 * torch.eye(seats) - 1
+    switches = _least_squares(rearrange(states, "n s w -> (n s) w"), own.repeat(count, 1))
+    into = F.pad(maps / 2, (0, 1)) + LIFT * rearrange(switches, "w s -> s w 1")
+    units = seats * (channels + 1)
+    mlp.c_fc.weight[:units] = rearrange(into[:, :-1], "s w c -> (s c) w").float()
+    mlp.c_fc.bias[:units] = rearrange(into[:, -1], "s c -> (s c)").float()
+    directions = TELLING * nn.init.orthogonal_(torch.empty(channels, width))
+    directions = torch.cat([directions, -directions.sum(dim=0, keepdim=True)])
+    mlp.c_proj.weight[:, :units] = directions.T.repeat(1, seats)
+
+
+def _least_squares(inputs: Tensor, targets: Tensor) -> Tensor:
+    """The affine map (width + 1, outputs) from inputs (N, width) to targets (N, outputs), the offset last."""
+    rows = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1).double()
+    ridge = 1e-4 * len(rows) * torch.eye(rows.shape[1]).double()
+    return torch.linalg.solve(rows.T @ rows + ridge, rows.T @ targets.double())
+
+
+def _silence(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+def _read(encoder: TextEncoder, captions: list[str], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Captions -> the states of their end tokens (B, width), and of the last states those (B, len(positions), width)
+    that stand for these positions of the latent. Other padding is left out: no state depends on it."""
     tokens = encoder.tokenize(captions)[0][:, 0]
     end = (tokens == encoder.tokenizer.eot_token_id).int().argmax(dim=1)
     length, count = int(end.max()) + 1, math.prod(GEOMETRY.stage_c)
-    positions = torch.tensor(generator.sample(range(count), TOLD))
-    seats = torch.cat([torch.arange(length), tokens.shape[1] - count + positions])
+    seats = torch.cat([torch.arange(length), tokens.shape[1] - count + torch.tensor(positions, dtype=torch.long)])
     states = encoder.encode_tokens(tokens[:, seats], seats)
-    return states[torch.arange(len(end)), end], states[:, length:], positions
+    return states[torch.arange(len(end)), end], states[:, length:]
 
 
 class Residual(nn.Module):
@@ -352,29 +538,22 @@ class Residual(nn.Module):
 
 
 @torch.no_grad()
-def _states(reader: TextEncoder, seen: Features) -> tuple[Tensor, Tensor]:
-    """Many captions -> what the reader's last block says of their end tokens and of one of the last positions
-    (rows, 2, width), and the latents that they describe (rows, size)"""
+def _ends(reader: TextEncoder, seen: Features) -> tuple[Tensor, Tensor]:
+    """Many captions -> what the reader's last block says of their end tokens (rows, width), and the latents that they
+    describe (rows, size)"""
     generator = random.Random("memory")
     norm, reader.tower.ln_final = reader.tower.ln_final, nn.Identity()
-    states, latents = [], []
-    for start in tqdm(range(0, len(seen.semantic), 64), desc="captions"):
-        emoji = range(start, min(start + 64, len(seen.semantic)))
-        for variant in REHEARSED:
-            drawn = [(i, variant) for i in emoji]
-            end, last, _ = _read(reader, seen.captions(drawn, generator), generator)
-            states.append(torch.stack([end, last[:, 0]], dim=1))
-            latents.append(_stack(seen.semantic, drawn).flatten(1).half())
+    ends, latents = [], []
+    for i in tqdm(range(len(seen.semantic)), desc="captions"):
+        ends.append(_read(reader, seen.captions_of(i, REHEARSED, generator), ())[0])
+        latents.append(_stack(seen.semantic, [(i, variant) for variant in REHEARSED]).flatten(1).half())
     reader.tower.ln_final = norm
-    return torch.cat(states), torch.cat(latents)
+    return torch.cat(ends), torch.cat(latents)
 
 
 @torch.no_grad()
 def read_captions(seen: Features, encoder: TextEncoder, work: Path) -> np.ndarray:
-    """The states of captions of every emoji's pictures (N, len(CAPTIONS), 77, width) float16, computed once.
-
-    The first caption is the plain one.
-    """
+    """The states of captions of every emoji's pictures (N, len(CAPTIONS), 77, width) float16, computed once."""
     path = work / "features_text_encoder.npy"
     if not path.exists():
         generator = random.Random("captions")
@@ -382,10 +561,7 @@ def read_captions(seen: Features, encoder: TextEncoder, work: Path) -> np.ndarra
         with replacing(path) as partial:
             kept = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
             for i in tqdm(range(len(kept)), desc="features of text_encoder"):
-                captions = seen.captions([(i, variant) for variant in CAPTIONS], generator)
-                plain = seen.descriptions[i][0]
-                captions[0] = plain_caption(plain.name, plain.style)
-                kept[i] = encoder(captions).numpy()
+                kept[i] = encoder(seen.captions_of(i, CAPTIONS, generator)).numpy()
             kept.flush()
     return np.load(path, mmap_mode="r")
 
@@ -406,7 +582,7 @@ def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
             text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
         return diffusion_loss(lambda x, t: stage_b(x, t, semantic, text), _stack(seen.stage_a, drawn))
 
-    train(stage_b, loss, plan, work / "stage_b.pt")
+    train(stage_b, loss, plan, work / "stage_b")
     files.save(stage_b, work / "stage_b.safetensors", torch.float16)
 
 
@@ -428,30 +604,13 @@ def train_stage_c(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         latent = _stack(seen.semantic, drawn).repeat_interleave(REPEATS, dim=0)
         return diffusion_loss(lambda x, t: stage_c.denoise(x, stage_c.modulate(t, x.dtype), condition), latent, k=0.1)
 
-    train(stage_c, loss, plan, work / "stage_c.pt")
+    train(stage_c, loss, plan, work / "stage_c")
     files.save(stage_c, work / "stage_c.safetensors", torch.float16)
 
 
 def _captioned(drawn: list[tuple[int, int]], generator: random.Random) -> list[tuple[int, int]]:
     """An emoji and one of its pictures -> the emoji and one of the captions of that picture"""
     return [(i, generator.choice([c for c, about in enumerate(CAPTIONS) if about == v])) for i, v in drawn]
-
-
-def initialise(network: Prior | DiffNeXt) -> None:
-    """Xavier weights; residual branches scaled down by depth, times and output start at zero (the released init)."""
-    residual = [module for module in network.modules() if isinstance(module, ResBlock)]
-    for module in network.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for block in residual:
-        block.channelwise[-1].weight.data.mul_(len(residual) ** -0.5)
-    for module in network.modules():
-        if isinstance(module, TimestepBlock):
-            nn.init.zeros_(module.mapper.weight)
-    last = network.out[1] if isinstance(network, Prior) else network.clf[1]
-    nn.init.zeros_(last.weight)
 
 
 def _stack(kept: np.ndarray, drawn: list[tuple[int, int]]) -> Tensor:
