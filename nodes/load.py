@@ -41,7 +41,7 @@ class WuerstchenLoadModel(io.ComfyNode):
                 sockets.Previewer.Output(
                     "previewer",
                     display_name="previewer",
-                    tooltip="For previews of Stage C's latents; nothing if the set has none, as the mini has not.",
+                    tooltip="For previews of Stage C's latents; nothing if the set has none.",
                 ),
             ],
         )

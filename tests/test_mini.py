@@ -5,13 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from PIL import Image
 from safetensors import safe_open
 
 import wuerstchen_core as w
+from wuerstchen_core import pipeline
 from wuerstchen_core.pipeline import MINI
 from wuerstchen_core.training import mini
 from wuerstchen_core.training.evaluate import _psnr
+from wuerstchen_core.training.previewer import small
 from wuerstchen_core.training.samples import CAPTION, COLUMNS, PROMPTS, SIDE
 
 
@@ -29,7 +32,7 @@ def card_sample(number):
 
 def test_it_ships_in_half_precision_within_48_mb():
     weights = sorted(MINI.glob("*.safetensors"))
-    assert len(weights) == 6
+    assert len(weights) == 7
     assert sum(path.stat().st_size for path in weights) <= 48e6
     for path in weights:
         with safe_open(path, "pt") as file:
@@ -39,11 +42,12 @@ def test_it_ships_in_half_precision_within_48_mb():
 def test_it_is_what_the_recipe_trains(model):
     assert model.stage_b.config == mini.STAGE_B and model.stage_c.config == mini.STAGE_C
     assert model.text_encoder_c.config == mini.TEXT_ENCODER and model.text_encoder_b is model.text_encoder_c
-    assert model.semantic_compressor.config == mini.COMPRESSOR
+    assert model.semantic_compressor.config == mini.COMPRESSOR and model.previewer.config == mini.PREVIEWER
 
 
 def test_no_weight_is_out_of_range(model):
-    for network in (model.stage_a, model.stage_b, model.stage_c, model.text_encoder_c, model.semantic_compressor):
+    for network in (model.stage_a, model.stage_b, model.stage_c, model.text_encoder_c, model.semantic_compressor,
+                    model.previewer):  # fmt: skip
         assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
 
 
@@ -70,6 +74,15 @@ def test_a_picture_survives_stage_a_and_its_variation(model):
     assert _psnr(again, sample).item() > 28
     variation = model.generate("", image=sample, denoise=0.0)
     assert _psnr(variation, sample).item() > 17
+
+
+def test_the_previewer_sees_more_than_one_colour_a_position(model):
+    samples = torch.stack([card_sample(number) for number in range(len(PROMPTS))])
+    latent = pipeline.compress(model.semantic_compressor, samples)
+    truth = rearrange(small(rearrange(samples, "b h w c -> b c h w")), "b c h w -> b h w c")
+    linear = w.load_previewer(pipeline.LINEAR_PREVIEW)
+    drawn, rough = (_psnr(pipeline.preview(network, latent), truth).mean() for network in (model.previewer, linear))
+    assert drawn > rough + 3
 
 
 def test_the_card_lists_every_file():

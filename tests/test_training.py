@@ -37,8 +37,9 @@ def test_quantization_moves_codebook_and_latent():
 def short_plans(monkeypatch):
     for name, plan in mini.PLANS.items():
         monkeypatch.setitem(mini.PLANS, name, mini.Plan(steps=2, batch=4, learning_rate=plan.learning_rate))
-    for name in ("MEMORY_PLAN", "PLACE_PLAN"):
-        monkeypatch.setattr(mini, name, mini.Plan(steps=2, batch=4, learning_rate=1e-3))
+    monkeypatch.setattr(mini, "FITTED", 20)
+    monkeypatch.setattr(mini, "OBSERVED", 2)
+    monkeypatch.setattr(mini, "MEMORY_PLAN", mini.Plan(steps=2, batch=4, learning_rate=1e-3))
 
 
 @pytest.fixture
@@ -53,6 +54,8 @@ def test_the_recipe_makes_a_model_that_draws(emoji, tmp_path, short_plans):
     model = w.Wuerstchen.from_folder(work)
     assert model.generate("red disc, noto style", steps_c=2, steps_b=2).shape == (1, 256, 256, 3)
     assert model.stage_b.config == mini.STAGE_B and model.stage_c.config == mini.STAGE_C
+    assert model.previewer.config == mini.PREVIEWER
+    assert w.load_previewer(work / "linear_preview.safetensors").config.widths == ()
     pictures = torch.stack([EmojiSet(emoji).plain(i) for i in range(6)])
     assert model.stage_a.encode(pictures).std().item() == pytest.approx(1, abs=0.35)
 
@@ -138,8 +141,9 @@ def test_an_mlp_tells_each_seat_its_own_channels():
     latents = torch.einsum("nsw,swc->nsc", states, maps) - torch.einsum("sw,swc->sc", states.mean(dim=0), maps)
     mlp = TextEncoder(TextEncoderConfig(width=width, layers=1, heads=1)).tower.transformer.resblocks[0].mlp
     mini._silence(mlp.c_proj)
-    mini._switch_on(mlp, states, latents)
-    told = mlp(states) @ torch.linalg.pinv(mlp.c_proj.weight[:, :channels].detach()).T * 2
+    directions = mini.TELLING * torch.linalg.qr(torch.randn(width, channels))[0].T
+    mini._switch_on(mlp, states, latents, directions)
+    told = 2 * mlp(states) @ directions.T / mini.TELLING**2
     assert (told - latents).square().mean() < 1e-2 * latents.square().mean()
 
 

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     mini.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
     mini.add_argument("work", type=Path, help="folder for checkpoints and the finished weights")
     mini.add_argument(
-        "--only", metavar="NETWORK", help="stage_a, semantic_compressor, text_encoder, stage_b or stage_c"
+        "--only", metavar="NETWORK", help="stage_a, semantic_compressor, text_encoder, stage_b, stage_c or previewer"
     )
     mini.add_argument("--steps", type=int, metavar="N", help="instead of the recipe's")
     for stage, (_, what) in training.STAGES.items():

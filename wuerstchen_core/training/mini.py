@@ -1,9 +1,9 @@
-"""The embedded model's recipe: five networks, one after another, each from the ones before it.
+"""The embedded model's recipe: six networks, one after another, each from the ones before it.
 
 Stage A learns pictures. The semantic compressor learns to keep what a small decoder needs to draw the picture again
 (its published sibling starts from ImageNet weights instead). Their features of a fixed set of pictures are computed
 once. The text encoder learns which caption belongs to which semantic latent. Stages B and C learn diffusion on the
-features.
+features, and the previewer to draw small pictures from them.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from ..errors import WuerstchenError
 from ..geometry import Geometry
 from ..models.blocks import LayerNorm2d, ResBlock
 from ..models.latent_space import LatentSpace
+from ..models.previewer import Previewer, PreviewerConfig
 from ..models.semantic_compressor import BackboneStage, SemanticCompressor, SemanticCompressorConfig
 from ..models.stage_a import VQGAN, StageAConfig
 from ..models.stage_b import DiffNeXt, StageBConfig
@@ -38,6 +39,7 @@ from .draws import Draws
 from .emoji import Description, EmojiSet
 from .initialise import initialise
 from .losses import contrastive_loss, diffusion_loss, quantization_loss
+from .previewer import linear_preview, small
 from .task import Task
 
 SIDE = 256
@@ -63,6 +65,7 @@ STAGE_B = StageBConfig(
     latent_space=LATENT_SPACE,
 )
 STAGE_C = StageCConfig(width=256, depth=4, heads=4, text_width=192)
+PREVIEWER = PreviewerConfig(widths=(64, 48, 32, 24))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +87,11 @@ PLANS = {
     "text_encoder": Plan(steps=2300, batch=96, learning_rate=1.5e-3),
     "stage_b": Plan(steps=4000, batch=16, learning_rate=1e-3),
     "stage_c": Plan(steps=4000, batch=40, learning_rate=8e-4, cool_down=0.12, gradient_norm=0.5),
+    "previewer": Plan(steps=2000, batch=32, learning_rate=2e-3),
 }
 
-# What the text encoder learns by heart, and how it learns to put what it remembers in its place.
+# What the text encoder learns by heart.
 MEMORY_PLAN = Plan(steps=24000, batch=512, learning_rate=5e-3, cool_down=0.6, save_every=1000)
-PLACE_PLAN = Plan(steps=200, batch=64, learning_rate=1e-3, warm_up=50)
 
 # Of how many pictures of each emoji the features are kept, the plain one first.
 VARIANTS = {"semantic_compressor": 5, "stage_a": 2}
@@ -98,17 +101,18 @@ PLAIN = 0.7  # share of plain pictures among those that texts are learned with
 MARKED = (6, 122)  # channels of the text encoder's states, equal but in the end token's
 MARK = 0.3  # by how much they differ there
 
-# How the text encoder's last block starts. By then a state is some 800 long.
+# How the text encoder's last block is made. Before it a state is some 800 long.
 OBSERVED = 60  # batches of captions that least squares goes by
 SEAT_CODE = 3000.0  # length of the codes of the last positions: more than what the other blocks add to a state
 MARK_SEEN = 0.005  # what normalisation leaves of the mark at least
 SHARPNESS = 40.0  # by how much the end token's key then stands out
 BROUGHT = 150.0  # how much of the end token's state, whose channels have unit variance, is brought to the others
-LIFT = 5.0  # where GELU is the identity, and its negative where it is zero
+LIFT = 10.0  # where GELU is the identity, and its negative where it is zero
 TELLING = 1500.0  # length of what a unit adds to a state
 TOLD = 12  # positions of the latent that a caption must tell in a step of the text encoder
-CAPTIONS = (0,) * 5 + (1, 2, 3, 4)  # which of an emoji's pictures the captions are about whose states are kept
+CAPTIONS = (0,) * 3 + (1, 2, 3, 4)  # which of an emoji's pictures the captions are about whose states are kept
 REHEARSED = (0,) * 16 + (1, 2, 3, 4) * 3  # the same of the captions that are learned by heart
+FITTED = 2000  # pictures that the linear previewer is fitted to
 REPEATS = 2  # Stage C sees each caption of a batch at this many noise levels
 
 
@@ -176,11 +180,26 @@ def train_stage_a(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         return error + 0.1 * quantization_loss(latent, quantized)
 
     train(stage_a, loss, plan, work / "stage_a")
+    train_decoder(stage_a, emoji, plan, work / "stage_a_decoder")
     generator = random.Random(plan.seed)
     with torch.no_grad():
         deviation = stage_a.encode(torch.stack([_draw(emoji, generator)[0] for _ in range(64)])).std().item()
     stage_a.config = dataclasses.replace(stage_a.config, scale_factor=deviation)
     files.save(stage_a, work / "stage_a.safetensors", torch.float16)
+
+
+def train_decoder(stage_a: VQGAN, emoji: EmojiSet, plan: Plan, folder: Path) -> None:
+    """At the end the decoder learns on alone, from latents that are not quantized, as Stage B gives them."""
+    decoder = nn.ModuleList([stage_a.up_blocks, stage_a.out_block])
+
+    def loss(generator: random.Random) -> Tensor:
+        pictures = torch.stack([_crop(_draw(emoji, generator)[0], generator) for _ in range(plan.batch)])
+        with torch.no_grad():
+            latent = stage_a.encode(pictures)
+        return 10 * F.mse_loss(stage_a.decode(latent), pictures)
+
+    end = dataclasses.replace(plan, steps=max(1, plan.steps // 4), learning_rate=plan.learning_rate / 2, cool_down=0.8)
+    train(decoder, loss, end, folder)
 
 
 class PictureDecoder(nn.Module):
@@ -344,7 +363,7 @@ def train_text_encoder(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     encoder = TextEncoder(TEXT_ENCODER)
     encoder.load_state_dict(reader.state_dict(), strict=False)
     remember(encoder, reader, seen, work / "text_encoder_memory")
-    place(encoder, seen, work / "text_encoder_place")
+    place(encoder, seen)
     files.save(encoder, work / "text_encoder.safetensors", torch.float16)
 
 
@@ -428,45 +447,30 @@ def remember(encoder: TextEncoder, reader: TextEncoder, seen: Features, folder: 
     keep_mark(blocks)
 
 
-def place(encoder: TextEncoder, seen: Features, folder: Path) -> None:
+@torch.no_grad()
+def place(encoder: TextEncoder, seen: Features) -> None:
     """What the end token's state tells of the whole latent is brought to the last states, a position to each.
 
-    Gradient descent takes long to find how, so the last block starts near it: its attention brings the state that is
-    marked to all padding, and its MLP is a linear map for every position, switched on by the code that the positional
-    embedding gives to its seat. It then learns on, with one head for all positions, as Stage C will read them.
+    Least squares puts the last block there, since gradient descent takes long to find it: attention brings the state
+    that is marked to all padding, and the MLP is a linear map for every position, switched on by the code that the
+    positional embedding gives to its seat.
     """
-    tower, width, (channels, *area) = encoder.tower, TEXT_ENCODER.width, SEMANTIC
+    block, width, (channels, *area) = encoder.tower.transformer.resblocks[-1], TEXT_ENCODER.width, SEMANTIC
     positions = range(math.prod(area))
-    block = tower.transformer.resblocks[-1]
-    _silence(block.mlp.c_proj)
-    seats = nn.init.orthogonal_(torch.empty(len(positions), width))
-    tower.positional_embedding.data[-len(positions) :] = SEAT_CODE * seats
-
-    def read(generator: random.Random) -> tuple[Tensor, Tensor]:
-        """Of some captions the last states (B, seats, width), and what they should tell (B, seats, channels)."""
-        drawn = seen.draw(PLACE_PLAN.batch, generator, plain=PLAIN)
-        states = _read(encoder, seen.captions(drawn, generator), positions)[1]
-        return states, _stack(seen.semantic, drawn).flatten(2).mT
-
+    basis = nn.init.orthogonal_(torch.empty(len(positions) + channels, width))
+    codes, directions = SEAT_CODE * basis[: len(positions)], TELLING * basis[len(positions) :]
+    encoder.tower.positional_embedding[-len(positions) :] = codes
     _bring_ends(block.attn)
+    _silence(block.mlp.c_proj)
+
     states, latents, generator = [], [], random.Random("place")
-    hook = block.ln_2.register_forward_hook(lambda module, arguments, output: states.append(output[:, -len(seats) :]))
-    with torch.no_grad():
-        for _ in tqdm(range(OBSERVED), desc="captions"):
-            latents.append(read(generator)[1])
+    hook = block.ln_2.register_forward_hook(lambda module, arguments, output: states.append(output[:, -len(codes) :]))
+    for _ in tqdm(range(OBSERVED), desc="captions"):
+        drawn = seen.draw(64, generator, plain=PLAIN)
+        _read(encoder, seen.captions(drawn, generator), positions)
+        latents.append(_stack(seen.semantic, drawn).flatten(2).mT)
     hook.remove()
-    _switch_on(block.mlp, torch.cat(states), torch.cat(latents))
-
-    head = nn.Linear(width, channels)
-    learning = nn.ModuleList([block, tower.ln_final, head])
-    encoder.requires_grad_(False)
-    learning.requires_grad_(True)
-
-    def loss(generator: random.Random) -> Tensor:
-        states, latents = read(generator)
-        return F.mse_loss(head(states), latents)
-
-    train(learning, loss, PLACE_PLAN, folder)
+    _switch_on(block.mlp, torch.cat(states), torch.cat(latents), directions)
 
 
 @torch.no_grad()
@@ -485,8 +489,9 @@ def _bring_ends(attention: nn.MultiheadAttention) -> None:
 
 
 @torch.no_grad()
-def _switch_on(mlp: nn.Module, states: Tensor, latents: Tensor) -> None:
-    """Sets an MLP to tell from the states (N, seats, width) the latents (N, seats, channels), a linear map a seat.
+def _switch_on(mlp: nn.Module, states: Tensor, latents: Tensor, directions: Tensor) -> None:
+    """Sets an MLP to tell from the states (N, seats, width) half the latents (N, seats, channels), each channel in its
+    direction (channels, width), by a linear map a seat.
 
     A hidden unit belongs to a seat and a channel. At its own seat it is lifted by LIFT to where GELU is the identity; at
     all others it is lowered to where GELU is zero. A unit more to a seat, which is lifted only, takes LIFT off again.
@@ -500,7 +505,6 @@ def _switch_on(mlp: nn.Module, states: Tensor, latents: Tensor) -> None:
     units = seats * (channels + 1)
     mlp.c_fc.weight[:units] = rearrange(into[:, :-1], "s w c -> (s c) w").float()
     mlp.c_fc.bias[:units] = rearrange(into[:, -1], "s c -> (s c)").float()
-    directions = TELLING * nn.init.orthogonal_(torch.empty(channels, width))
     directions = torch.cat([directions, -directions.sum(dim=0, keepdim=True)])
     mlp.c_proj.weight[:, :units] = directions.T.repeat(1, seats)
 
@@ -580,7 +584,7 @@ def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         text = None
         if generator.random() < 0.5:
             text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
-        return diffusion_loss(lambda x, t: stage_b(x, t, semantic, text), _stack(seen.stage_a, drawn))
+        return diffusion_loss(lambda x, t: stage_b(x, t, semantic, text), _stack(seen.stage_a, drawn), k=0.2)
 
     train(stage_b, loss, plan, work / "stage_b")
     files.save(stage_b, work / "stage_b.safetensors", torch.float16)
@@ -606,6 +610,23 @@ def train_stage_c(emoji: EmojiSet, work: Path, plan: Plan) -> None:
 
     train(stage_c, loss, plan, work / "stage_c")
     files.save(stage_c, work / "stage_c.safetensors", torch.float16)
+
+
+def train_previewer(emoji: EmojiSet, work: Path, plan: Plan) -> None:
+    """From semantic latents to small pictures; the linear previewer is fitted with it."""
+    seen = load_features(emoji, work)
+    previewer = Previewer(PREVIEWER)
+
+    def loss(generator: random.Random) -> Tensor:
+        drawn = seen.draw(plan.batch, generator)
+        pictures = torch.stack([emoji.compose(i, **arrangements(emoji, i)[v][1]) for i, v in drawn])
+        return F.mse_loss(previewer(_stack(seen.semantic, drawn)), small(pictures))
+
+    train(previewer, loss, plan, work / "previewer")
+    files.save(previewer, work / "previewer.safetensors", torch.float16)
+    compressor = files.load_semantic_compressor(work / "semantic_compressor.safetensors")
+    linear = linear_preview(emoji, compressor, count=FITTED)
+    files.save(linear, work / "linear_preview.safetensors", torch.float16)
 
 
 def _captioned(drawn: list[tuple[int, int]], generator: random.Random) -> list[tuple[int, int]]:
@@ -660,4 +681,5 @@ TRAINERS = {
     "text_encoder": train_text_encoder,
     "stage_b": train_stage_b,
     "stage_c": train_stage_c,
+    "previewer": train_previewer,
 }
