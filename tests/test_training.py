@@ -110,7 +110,8 @@ def marked():
 def test_only_the_end_token_is_marked_whatever_blocks_do(marked):
     one, other = mini.MARKED
     states = []
-    marked.tower.transformer.resblocks[-1].register_forward_hook(lambda m, arguments, output: states.append(arguments[0]))
+    last = marked.tower.transformer.resblocks[-1]
+    last.register_forward_hook(lambda m, arguments, output: states.append(arguments[0]))
     marked(["a slice of pizza", "ghost"])
     (x,) = states
     difference = x[..., one] - x[..., other]

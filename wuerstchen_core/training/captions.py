@@ -37,7 +37,8 @@ def caption(description: Description, generator: random.Random) -> str:
     else:
         subject = d.name
         if style and generator.random() < 0.2:
-            subject, style = generator.choice((f"{d.style} emoji of {with_article(d.name)}", f"{d.style} {d.name}")), None
+            spellings = f"{d.style} emoji of {with_article(d.name)}", f"{d.style} {d.name}"
+            subject, style = generator.choice(spellings), None
         if size and generator.random() < 0.75:
             subject = f"{size} {subject}"
         elif size:

@@ -355,10 +355,9 @@ def load_features(emoji: EmojiSet, work: Path, with_stage_a: bool = False) -> Fe
 
 
 def train_text_encoder(emoji: EmojiSet, work: Path, plan: Plan) -> None:
-    """The first blocks learn to read, the next to remember, the last to place. All stay small beside Stage C's training."""
+    """The first blocks learn to read, the next to remember, the last one to place."""
     seen = load_features(emoji, work)
     reader = TextEncoder(dataclasses.replace(TEXT_ENCODER, layers=READING))
-    mark_ends(reader)
     learn_to_read(reader, seen, plan, work / "text_encoder")
     encoder = TextEncoder(TEXT_ENCODER)
     encoder.load_state_dict(reader.state_dict(), strict=False)
@@ -410,7 +409,7 @@ def learn_to_read(reader: TextEncoder, seen: Features, plan: Plan, folder: Path)
     networks.scale = nn.Parameter(torch.tensor(2.5))
 
     def loss(generator: random.Random) -> Tensor:
-        keep_mark(reader.tower.transformer.resblocks)
+        mark_ends(reader)
         drawn = seen.draw(plan.batch, generator, plain=PLAIN)
         positions = generator.sample(range(math.prod(GEOMETRY.stage_c)), TOLD)
         ends, told = _read(reader, seen.captions(drawn, generator), positions)
@@ -422,13 +421,14 @@ def learn_to_read(reader: TextEncoder, seen: Features, plan: Plan, folder: Path)
         return contrast + 8 * F.mse_loss(networks["latent"](told), latents.flatten(2)[:, :, positions].mT)
 
     train(networks, loss, plan, folder)
+    mark_ends(reader)
 
 
 def remember(encoder: TextEncoder, reader: TextEncoder, seen: Features, folder: Path) -> None:
     """Which name stands for which picture is a table to be learned by heart.
 
-    Blocks without attention learn to tell the whole latent from the end token's state alone: a sample costs a thousandth
-    of what it costs in Stage C.
+    Blocks without attention learn to tell the whole latent from the end token's state alone: a sample costs a
+    thousandth of what it costs in Stage C.
     """
     blocks = encoder.tower.transformer.resblocks[READING : READING + REMEMBERING]
     for block in blocks:
@@ -493,8 +493,8 @@ def _switch_on(mlp: nn.Module, states: Tensor, latents: Tensor, directions: Tens
     """Sets an MLP to tell from the states (N, seats, width) half the latents (N, seats, channels), each channel in its
     direction (channels, width), by a linear map a seat.
 
-    A hidden unit belongs to a seat and a channel. At its own seat it is lifted by LIFT to where GELU is the identity; at
-    all others it is lowered to where GELU is zero. A unit more to a seat, which is lifted only, takes LIFT off again.
+    A hidden unit belongs to a seat and a channel. At its own seat it is lifted by LIFT to where GELU is the identity;
+    at all others it is lowered to where GELU is zero. A unit more to a seat, which is lifted only, takes LIFT off.
     """
     count, seats, width = states.shape
     channels = latents.shape[2]
