@@ -312,12 +312,12 @@ def process(rank, folder):
 
 
 def test_processes_have_one_codebook(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     started = [context.Process(target=process, args=(rank, tmp_path)) for rank in range(2)]
     for one in started:
         one.start()
     for one in started:
-        one.join(timeout=60)
+        one.join(timeout=240)
     assert [one.exitcode for one in started] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     (tmp_path / "whole").mkdir()

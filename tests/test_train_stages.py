@@ -16,7 +16,7 @@ import wuerstchen_core as w
 from tests.reference import fill_zeros
 from tests.training_runs import logged
 from wuerstchen_core import cli
-from wuerstchen_core.checkpoints.files import SET
+from wuerstchen_core.checkpoints.files import SET, find_set
 from wuerstchen_core.models.stage_b import DiffNeXt, StageBConfig
 from wuerstchen_core.training import stage_b, stage_c
 from wuerstchen_core.training.conditioning import compressor_input, encode_captions
@@ -152,8 +152,7 @@ def test_features_from_a_cache_and_a_resumed_run_change_no_loss(place, monkeypat
 
 def test_what_is_trained_loads_and_draws(place, tiny_folder):
     train("c", "--sample-every", "8", "--sample-steps", "2", "--prompts", '["a disc", "a square"]')
-    names = {role: tiny_folder / name for role, name in SET.items()}
-    names["text_encoder_b"] = names["text_encoder_c"]
+    names = find_set(tiny_folder)
     pipe = w.Wuerstchen.from_files(**{**names, "stage_c": "run/stage_c.safetensors"})
     assert pipe.generate("a disc", width=64, height=64, steps_c=2, steps_b=2).shape == (1, 64, 64, 3)
     state = torch.load("run/checkpoint.pt", weights_only=True)
