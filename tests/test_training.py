@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import wuerstchen_core as w
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
 from wuerstchen_core.training import mini
+from wuerstchen_core.training.conditioning import compressor_input
 from wuerstchen_core.training.emoji import COLOURS, EmojiSet
 from wuerstchen_core.training.evaluate import _psnr, evaluate
 from wuerstchen_core.training.losses import contrastive_loss, quantization_loss
@@ -77,7 +77,7 @@ def test_features_are_those_of_the_pictures_described(emoji, tmp_path, short_pla
         picture = data.compose(4, **arrangement)
         expected = stage_a.encode(picture[None])[0]
         torch.testing.assert_close(torch.tensor(seen.stage_a[4, variant]).float(), expected, rtol=1e-2, atol=1e-2)
-        expected = compress(mini._shrink(picture)[None])[0]
+        expected = compress(compressor_input(picture[None]))[0]
         torch.testing.assert_close(torch.tensor(seen.semantic[4, variant]).float(), expected, rtol=1e-2, atol=1e-2)
     drawn = seen.draw(400, random.Random(0))
     assert {i for i, _ in drawn} == set(range(6)) and {variant for _, variant in drawn} == {0, 1}

@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints import files
+from ..checkpoints.archive import open_archive
+from ..diffusion.schedule import add_noise
 from ..errors import WuerstchenError
 from ..geometry import WORK_STEP, Geometry
+from ..models.latent_space import LatentSpace
 from ..models.semantic_compressor import SemanticCompressor
 from ..models.text_encoder import TextEncoder
 from ..pipeline import MINI
@@ -63,6 +66,23 @@ def compressor_input(image: Tensor) -> Tensor:
     return F.interpolate(image, size=geometry.compressor, mode="bicubic", antialias=True).clamp(0, 1)
 
 
+def semantic(compressor: SemanticCompressor, image: Tensor) -> Tensor:
+    """image (B, 3, H, W), sides multiples of 64 -> its latent in Stage C's space (B, 16, p, q)"""
+    return compressor.config.latent_space.from_features(compressor(compressor_input(image)))
+
+
+def spoil(
+    features: Tensor, space: LatentSpace, zeroed: float, noised: float, chance: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """Raw features (B, 16, p, q), of which a share becomes zero and a share gets noise of times t (B,), as far as
+    chance (B,), uniform in [0, 1), has it (paper, Stage B's training); in Stage C's space, where their variance is one.
+    """
+    noisy = space.to_features(add_noise(space.from_features(features), noise, t))
+    chance = chance[:, None, None, None]
+    spoiled = torch.where(chance < zeroed + noised, noisy, features)
+    return torch.where(chance < zeroed, torch.zeros_like(features), spoiled)
+
+
 def load_backbone(compressor: SemanticCompressor, path: str | Path) -> None:
     """torchvision's EfficientNetV2 weights (ImageNet) into the compressor's backbone.
 
@@ -70,7 +90,7 @@ def load_backbone(compressor: SemanticCompressor, path: str | Path) -> None:
         WuerstchenError: the file can't be read, or is of another size.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = open_archive(path).tensors
         backbone = {name.removeprefix("features."): value for name, value in state.items() if name[:9] == "features."}
         compressor.backbone.load_state_dict(backbone)
     except Exception as error:  # a damaged file raises nearly anything

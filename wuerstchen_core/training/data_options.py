@@ -1,6 +1,8 @@
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from .data import open_batches
 from .feature_cache import FeatureCache
@@ -39,3 +41,7 @@ class DataOptions:
             first=first,
             cache=cache,
         )
+
+    def first_pictures(self, count: int) -> Tensor:
+        """(count, 3, H, W) in [0, 1], square, always the same ones: what samples show."""
+        return next(replace(self, batch=count, buckets=False, workers=0).open(seed=0))["image"]

@@ -43,24 +43,21 @@ def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int) -> Iterator[str]:
     references = torch.stack([_thumbnail(emoji.plain(i)) for i in tqdm(range(len(emoji)), desc="plain", leave=False)])
     prompted = generator.sample(range(len(emoji)), count)
     names = [plain_caption(emoji.entries[i]["name"], emoji.entries[i]["style"]) for i in prompted]
-    hits = [
-        _is_nearest(image, i, emoji, references)
-        for i, image in zip(prompted, _draw(model, names, emoji.size, "text to picture"))
-    ]
+
+    def nearest(prompted: list[int], captions: list[str], name: str) -> list[bool]:
+        images = _draw(model, captions, emoji.size, name)
+        return [_is_nearest(image, i, emoji, references) for i, image in zip(prompted, images)]
+
+    hits = nearest(prompted, names, "text to picture")
     for style in dict.fromkeys(emoji.entries[i]["style"] for i in prompted):
         own = [hit for i, hit in zip(prompted, hits) if emoji.entries[i]["style"] == style]
         yield f"text to picture, {style}: {sum(own)} of {len(own)} nearest to the prompted emoji"
     yield f"text to picture: top-1 {sum(hits) / count:.1%} of {count} prompts"
 
     known = [i for i, entry in enumerate(emoji.entries) if len(entry["keywords"]) >= KEYWORDS]
-    prompted_by_keywords = generator.sample(known, min(count, len(known)))
-    keywords = [
-        keyword_caption(tuple(emoji.entries[i]["keywords"]), emoji.entries[i]["style"]) for i in prompted_by_keywords
-    ]
-    hits = [
-        _is_nearest(image, i, emoji, references)
-        for i, image in zip(prompted_by_keywords, _draw(model, keywords, emoji.size, "keywords to picture"))
-    ]
+    prompted = generator.sample(known, min(count, len(known)))
+    keywords = [keyword_caption(tuple(emoji.entries[i]["keywords"]), emoji.entries[i]["style"]) for i in prompted]
+    hits = nearest(prompted, keywords, "keywords to picture")
     yield f"keywords to picture: top-1 {sum(hits) / len(hits):.1%} of {len(hits)} prompts"
 
     colours = [generator.choice(list(COLOURS)) for _ in names]

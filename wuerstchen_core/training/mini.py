@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from ..atomic import replacing
 from ..checkpoints import files
-from ..diffusion.schedule import add_noise
 from ..errors import WuerstchenError
 from ..geometry import Geometry
 from ..models.blocks import LayerNorm2d, ResBlock
@@ -35,11 +34,13 @@ from ..models.stage_c import Prior, StageCConfig
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from . import run
 from .captions import caption, keyword_caption, plain_caption
+from .conditioning import drop_captions, semantic, spoil
 from .draws import Draws
 from .emoji import Description, EmojiSet
 from .initialise import initialise
 from .losses import contrastive_loss, diffusion_loss, quantization_loss
 from .previewer import linear_preview, small
+from .stage_c import noise_loss
 from .task import Task
 
 SIDE = 256
@@ -262,9 +263,9 @@ def train_semantic_compressor(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     networks = nn.ModuleDict({"compressor": SemanticCompressor(COMPRESSOR), "decoder": PictureDecoder(patches)})
 
     def loss(generator: random.Random) -> Tensor:
-        drawn = [_draw(emoji, generator)[0] for _ in range(plan.batch)]
-        small = _small(torch.stack(drawn))
-        features = networks["compressor"](torch.stack([*map(_shrink, drawn)]))
+        drawn = torch.stack([_draw(emoji, generator)[0] for _ in range(plan.batch)])
+        small = _small(drawn)
+        features = semantic(networks["compressor"], drawn)
         again = networks["decoder"](features + 0.05 * torch.randn_like(features))
         return 10 * F.mse_loss(again, small) + 0.3 * F.mse_loss(features, patches.coefficients(small))
 
@@ -337,7 +338,7 @@ def features(emoji: EmojiSet, work: Path, network: str) -> np.ndarray:
             see, shape = files.load_stage_a(weights).encode, (4, *GEOMETRY.stage_a)
         else:
             compressor = files.load_semantic_compressor(weights)
-            see, shape = lambda p: compressor(torch.stack([*map(_shrink, p)])), (16, *GEOMETRY.stage_c)
+            see, shape = lambda p: semantic(compressor, p), SEMANTIC
         with replacing(path) as partial:
             variants = VARIANTS[network]
             kept = np.lib.format.open_memmap(partial, "w+", np.float16, (len(emoji), variants, *shape))
@@ -601,12 +602,7 @@ def train_stage_c(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     def loss(generator: random.Random) -> Tensor:
         drawn = seen.draw(plan.batch, generator, plain=PLAIN)
         text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
-        condition = [
-            tuple(part.repeat_interleave(REPEATS, dim=0) for part in keys_values)
-            for keys_values in stage_c.condition(text)
-        ]
-        latent = _stack(seen.semantic, drawn).repeat_interleave(REPEATS, dim=0)
-        return diffusion_loss(lambda x, t: stage_c.denoise(x, stage_c.modulate(t, x.dtype), condition), latent, k=0.1)
+        return noise_loss(stage_c, _stack(seen.semantic, drawn), text, REPEATS, k=0.1)
 
     train(stage_c, loss, plan, work / "stage_c")
     files.save(stage_c, work / "stage_c.safetensors", torch.float16)
@@ -640,16 +636,14 @@ def _stack(kept: np.ndarray, drawn: list[tuple[int, int]]) -> Tensor:
 
 def _drop(text: Tensor, nothing: Tensor, generator: random.Random) -> Tensor:
     """5 % of the texts become the empty one."""
-    chance = torch.tensor([generator.random() for _ in text])[:, None, None]
-    return torch.where(chance < 0.05, nothing, text)
+    return drop_captions(text, nothing, 0.05, torch.tensor([generator.random() for _ in text]))
 
 
 def _spoil(semantic: Tensor, generator: random.Random) -> Tensor:
     """5 % of the semantic latents become zero, 30 % get noise up to t = 0.5 (paper, Stage B's training)."""
     t = torch.tensor([generator.random() * 0.5 for _ in semantic])
-    chance = torch.tensor([generator.random() for _ in semantic])[:, None, None, None]
-    noisy = add_noise(semantic, torch.randn_like(semantic), t)
-    return torch.where(chance < 0.05, torch.zeros_like(semantic), torch.where(chance < 0.35, noisy, semantic))
+    chance = torch.tensor([generator.random() for _ in semantic])
+    return spoil(semantic, LATENT_SPACE, 0.05, 0.3, chance, t, torch.randn_like(semantic))
 
 
 def _draw(emoji: EmojiSet, generator: random.Random) -> tuple[Tensor, Description]:
@@ -668,11 +662,6 @@ def _small(pictures: Tensor) -> Tensor:
 
 def _patches(pictures: Tensor) -> Tensor:
     return rearrange(pictures, "b c (h p) (w q) -> (b h w) (c p q)", p=PATCH, q=PATCH)
-
-
-def _shrink(picture: Tensor) -> Tensor:
-    """(3, 256, 256) -> what the compressor sees of it"""
-    return F.interpolate(picture[None], size=GEOMETRY.compressor, mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
 TRAINERS = {

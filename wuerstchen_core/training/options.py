@@ -11,6 +11,7 @@ Types are bool, int, float, str, `tuple[TYPE, ...]`, named tuples (arrays in TOM
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,27 @@ def option(default: Any = MISSING, help: str = "") -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def check_at_least(least: int, options: Any, *names: str) -> None:
+    """Raises WuerstchenError naming the first of these options that is below."""
+    for name in names:
+        if getattr(options, name) < least:
+            raise WuerstchenError(f"{name} is {getattr(options, name)}: it must be at least {least}")
+
+
+def check_above_zero(options: Any, *names: str) -> None:
+    """Raises WuerstchenError naming the first of these options that is not above 0, or not finite."""
+    for name in names:
+        if not 0 < getattr(options, name) < math.inf:
+            raise WuerstchenError(f"{name} is {getattr(options, name)}: it must be above 0")
+
+
+def check_shares(options: Any, *names: str) -> None:
+    """Raises WuerstchenError naming the first of these options that is not from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(options, name) <= 1:
+            raise WuerstchenError(f"{name} is {getattr(options, name)}: it must be from 0 to 1")
+
+
 class Listed(NamedTuple):
     """An option as a help shows it."""
 
@@ -53,7 +75,7 @@ def listed(*classes: type, prefix: str = "") -> Iterator[Listed]:
         for field in dataclasses.fields(cls):
             if not field.init:
                 continue
-            default = field.default if field.default_factory is MISSING else field.default_factory()
+            default = _default(field)
             if dataclasses.is_dataclass(hints[field.name]):
                 about = field.metadata.get("help", "")
                 for name, type_, own, help in listed(hints[field.name], prefix=f"{prefix}{field.name}."):
@@ -74,10 +96,7 @@ def read(cls: type, table: Mapping[str, Any], where: str) -> Any:
 
 def read_all(classes: Sequence[type], table: Mapping[str, Any], where: str) -> list:
     """The same for several dataclasses, whose options lie side by side in one table."""
-    known = [field.name for cls in classes for field in dataclasses.fields(cls) if field.init]
-    for name in table:
-        if name not in known:
-            raise WuerstchenError(f"{where}: there is no option {name!r}; there are {', '.join(known)}")
+    _check_known(table, [field.name for cls in classes for field in dataclasses.fields(cls) if field.init], where)
     return [_read(cls, table, where) for cls in classes]
 
 
@@ -125,15 +144,18 @@ def _read(cls: type, table: Mapping[str, Any], where: str, base: Any = None) -> 
     return cls(**values)
 
 
+def _check_known(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for name in table:
+        if name not in known:
+            raise WuerstchenError(f"{where}: there is no option {name!r}; there are {', '.join(known)}")
+
+
 def _checked(value: Any, type_: Any, where: str, default: Any = MISSING) -> Any:
     """The value as the type has it; whole numbers may stand for others."""
     if dataclasses.is_dataclass(type_):
         if not isinstance(value, Mapping):
             raise WuerstchenError(f"{where} is {value!r}: a table is needed")
-        known = [field.name for field in dataclasses.fields(type_)]
-        for name in value:
-            if name not in known:
-                raise WuerstchenError(f"{where}: there is no option {name!r}; there are {', '.join(known)}")
+        _check_known(value, [field.name for field in dataclasses.fields(type_)], where)
         return _read(type_, value, where, None if default is MISSING else default)
     if isinstance(type_, type) and issubclass(type_, tuple) and hasattr(type_, "_fields"):
         if not isinstance(value, list) or len(value) != len(type_._fields):

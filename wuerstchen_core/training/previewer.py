@@ -1,6 +1,5 @@
 """The training of a previewer (paper, appendix D): from a picture's semantic latent to the picture, small."""
 
-import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -15,11 +14,11 @@ from ..geometry import Geometry
 from ..models.previewer import FACTOR, Previewer, PreviewerConfig
 from ..models.semantic_compressor import SemanticCompressor
 from ..pipeline import preview
-from .conditioning import check_size, compressor_input, copied, weight_file
+from .conditioning import check_size, copied, semantic, weight_file
 from .data_options import DataOptions
 from .draws import Draws
 from .emoji import EmojiSet
-from .options import option
+from .options import check_at_least, option
 from .task import Task
 
 
@@ -31,8 +30,7 @@ class Options:
     network: PreviewerConfig = option(PreviewerConfig(), "the network's sizes, where init is empty")
 
     def __post_init__(self):
-        if self.sample_count < 0:
-            raise WuerstchenError(f"sample_count is {self.sample_count}: it must be at least 0")
+        check_at_least(0, self, "sample_count")
 
 
 def build(options: Options, data: DataOptions) -> "PreviewerTask":
@@ -80,16 +78,10 @@ class PreviewerTask(Task):
         if not self.options.sample_count:
             return None
         if not self.pictures:
-            data = dataclasses.replace(self.data, batch=self.options.sample_count, buckets=False, workers=0)
-            self.pictures = (next(data.open(seed=0))["image"],)
+            self.pictures = (self.data.first_pictures(self.options.sample_count),)
         image = self.pictures[0].to(next(self.network.parameters()).device)
         drawn = preview(self.network, semantic(self.frozen[0], image))
         return torch.stack([rearrange(small(image), "b c h w -> b h w c"), drawn], dim=1).flatten(0, 1)
-
-
-def semantic(compressor: SemanticCompressor, image: Tensor) -> Tensor:
-    """image (B, 3, H, W), sides multiples of 64 -> its latent in Stage C's space (B, 16, p, q)"""
-    return compressor.config.latent_space.from_features(compressor(compressor_input(image)))
 
 
 def small(image: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .feature_cache import FeatureCache
 from .gradient_checkpointing import checkpoint_blocks
 from .interrupts import Interrupts
 from .monitor import Monitor
-from .options import option
+from .options import check_above_zero, check_at_least, check_shares, option
 from .state import RunState, together, unsharded
 from .task import Task
 
@@ -57,18 +57,10 @@ class Plan:
     seed: int = option(0, "of the first weights, the order of the data and all that is random")
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "ema_every", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise WuerstchenError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("warm_up", "sample_every", "seed", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise WuerstchenError(f"{name} is {getattr(self, name)}: it must be at least 0")
-        for name in ("learning_rate", "gradient_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise WuerstchenError(f"{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("cool_down", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise WuerstchenError(f"{name} is {getattr(self, name)}: it must be from 0 to 1")
+        check_at_least(1, self, "steps", "accumulate", "ema_every", "save_every", "log_every")
+        check_at_least(0, self, "warm_up", "sample_every", "seed", "weight_decay")
+        check_above_zero(self, "learning_rate", "gradient_norm")
+        check_shares(self, "cool_down", "ema_decay")
         for name, known in (("mixed_precision", PRECISIONS), ("dtype", tuple(DTYPES))):
             if getattr(self, name) not in known:
                 raise WuerstchenError(f"{name} is {getattr(self, name)!r}: take one of {', '.join(known).lstrip(', ')}")

@@ -25,7 +25,7 @@ from .data_options import DataOptions
 from .discriminator import Balance, PatchDiscriminator, adversarial_loss, discriminator_loss
 from .draws import Draws
 from .losses import quantization_loss
-from .options import option
+from .options import check_at_least, check_shares, option
 from .perceptual import PerceptualDistance, load_perceptual
 from .task import Task
 
@@ -62,14 +62,10 @@ class Options:
         smallest = max(16, 3 * 2**self.discriminator_layers) if self.adversarial else 16
         if self.crop < smallest or self.crop % 4:
             raise WuerstchenError(f"crop is {self.crop}: it must be a multiple of 4, {smallest} or more")
-        if not 0 <= self.continuous <= 1:
-            raise WuerstchenError(f"continuous is {self.continuous}: it must be from 0 to 1")
-        for name in ("l1", "mse", "codebook", "commitment", "perceptual", "adversarial", "adversarial_start"):
-            if getattr(self, name) < 0:
-                raise WuerstchenError(f"{name} is {getattr(self, name)}: it must be at least 0")
-        for name in ("revive_every", "discriminator_layers"):
-            if getattr(self, name) < 1:
-                raise WuerstchenError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_shares(self, "continuous")
+        weights = ("l1", "mse", "codebook", "commitment", "perceptual", "adversarial")
+        check_at_least(0, self, *weights, "adversarial_start")
+        check_at_least(1, self, "revive_every", "discriminator_layers")
         if self.discriminator_width < 4 or self.discriminator_width % 4:
             raise WuerstchenError(f"discriminator_width is {self.discriminator_width}: it must be a multiple of 4")
         if self.lpips_weights and not self.perceptual_weights:
@@ -142,9 +138,7 @@ class StageA(Task):
 
     def _first_pictures(self) -> Tensor:
         if not self.pictures:
-            count = MEASURED if self.options.measure_scale else SHOWN
-            data = dataclasses.replace(self.data, batch=count, buckets=False, workers=0, cache="")
-            self.pictures = (next(data.open(seed=0))["image"],)
+            self.pictures = (self.data.first_pictures(MEASURED if self.options.measure_scale else SHOWN),)
         return self.pictures[0]
 
     def _oppose(self, pictures: Tensor, drawn: Tensor, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

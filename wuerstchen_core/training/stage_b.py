@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import files
-from ..diffusion.schedule import add_noise
 from ..errors import WuerstchenError
 from ..geometry import Geometry
 from ..models.latent_space import LatentSpace
@@ -25,13 +24,14 @@ from .conditioning import (
     encode_captions,
     load_backbone,
     load_text_encoder,
+    spoil,
     weight_file,
 )
 from .data_options import DataOptions
 from .draws import Draws
 from .initialise import initialise
 from .losses import diffusion_loss, times_of
-from .options import option
+from .options import check_above_zero, check_at_least, check_shares, option
 from .task import Task
 
 
@@ -62,15 +62,11 @@ class Options:
     )
 
     def __post_init__(self):
-        for name in ("caption_drop", "text_absent", "zeroed", "noised", "noised_until"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise WuerstchenError(f"{name} is {getattr(self, name)}: it must be from 0 to 1")
+        check_shares(self, "caption_drop", "text_absent", "zeroed", "noised", "noised_until")
         if self.zeroed + self.noised > 1:
             raise WuerstchenError("zeroed and noised are shares of the same latents: together 1 at most")
-        if self.p2_k <= 0:
-            raise WuerstchenError(f"p2_k is {self.p2_k}: it must be above 0")
-        if self.sample_steps < 1:
-            raise WuerstchenError(f"sample_steps is {self.sample_steps}: it must be at least 1")
+        check_above_zero(self, "p2_k")
+        check_at_least(1, self, "sample_steps")
         if not self.semantic_compressor and not self.train_compressor:
             raise WuerstchenError("semantic_compressor: name a file, or train a new one with --train-compressor true")
 
@@ -179,14 +175,9 @@ class StageBTask(Task):
         return {"noise": diffusion_loss(predict, latent, self.options.p2_k, t, noise)}
 
     def _spoiled(self, semantic: Tensor, draws: Draws) -> Tensor:
-        """Some of the raw features become zero, some get noise; in Stage C's space, where their variance is one."""
         options, space = self.options, self.network.config.latent_space
         chance, t = draws.uniform(), draws.uniform() * options.noised_until
-        noise = draws.normal(semantic.shape[1:])
-        noisy = space.to_features(add_noise(space.from_features(semantic), noise, t))
-        chance = chance[:, None, None, None]
-        spoiled = torch.where(chance < options.zeroed + options.noised, noisy, semantic)
-        return torch.where(chance < options.zeroed, torch.zeros_like(semantic), spoiled)
+        return spoil(semantic, space, options.zeroed, options.noised, chance, t, draws.normal(semantic.shape[1:]))
 
     def exported(self) -> dict[str, nn.Module]:
         if self.compressor is None:
@@ -198,8 +189,7 @@ class StageBTask(Task):
             return None
         device = self.network.clip_mapper.weight.device
         if not self.pictures:
-            data = dataclasses.replace(self.data, batch=self.options.sample_count, buckets=False, workers=0)
-            self.pictures = (next(data.open(seed=0))["image"].permute(0, 2, 3, 1),)
+            self.pictures = (self.data.first_pictures(self.options.sample_count).permute(0, 2, 3, 1),)
         image = self.pictures[0].to(device)
         compressor = self.readers["compressor"] if self.compressor is None else self.compressor
         geometry = Geometry(width=image.shape[2], height=image.shape[1])

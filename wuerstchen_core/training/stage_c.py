@@ -1,7 +1,6 @@
 """The training of Stage C (paper section 3): diffusion in the semantic compressor's space, from text."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,18 +14,18 @@ from ..models.text_encoder import TextEncoder
 from ..pipeline import Wuerstchen
 from .conditioning import (
     check_size,
-    compressor_input,
     copied,
     drop_captions,
     encode_captions,
     load_text_encoder,
+    semantic,
     weight_file,
 )
 from .data_options import DataOptions
 from .draws import Draws
 from .initialise import initialise
 from .losses import diffusion_loss, times_of
-from .options import option
+from .options import check_above_zero, check_shares, option
 from .task import Task
 
 
@@ -47,12 +46,10 @@ class Options:
     network: StageCConfig = option(StageCConfig(), "the network's sizes, where init is empty")
 
     def __post_init__(self):
-        if not 0 <= self.caption_drop <= 1:
-            raise WuerstchenError(f"caption_drop is {self.caption_drop}: it must be from 0 to 1")
+        check_shares(self, "caption_drop")
         if self.noise_levels < 1 or self.sample_steps < 1:
             raise WuerstchenError("noise_levels and sample_steps must be at least 1")
-        if self.p2_k <= 0:
-            raise WuerstchenError(f"p2_k is {self.p2_k}: it must be above 0")
+        check_above_zero(self, "p2_k")
 
 
 def build(options: Options, data: DataOptions) -> "StageCTask":
@@ -76,6 +73,27 @@ def build(options: Options, data: DataOptions) -> "StageCTask":
     return task
 
 
+def noise_loss(
+    network: Prior,
+    latent: Tensor,
+    text: Tensor,
+    levels: int,
+    k: float,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """`diffusion_loss` of latent (B, 16, p, q) given text (B, L, text_width), whose keys and values serve `levels`
+    noise levels; t (B * levels,) and noise are those of the first latent first."""
+    condition = [
+        tuple(part.repeat_interleave(levels, dim=0) for part in keys_values) for keys_values in network.condition(text)
+    ]
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return network.denoise(x, network.modulate(t, x.dtype), condition)
+
+    return diffusion_loss(predict, latent.repeat_interleave(levels, dim=0), k, t, noise)
+
+
 class StageCTask(Task):
     """`network` learns to tell the noise in a picture's semantic latent, given its caption."""
 
@@ -92,26 +110,18 @@ class StageCTask(Task):
 
     def features(self, batch: dict) -> dict[str, Tensor]:
         encoder, compressor = self.frozen[:2]
-        features = compressor(compressor_input(batch["image"]))
-        latent = compressor.config.latent_space.from_features(features)
-        return {"semantic": latent, "text": encode_captions(encoder, batch["caption"])}
+        return {
+            "semantic": semantic(compressor, batch["image"]),
+            "text": encode_captions(encoder, batch["caption"]),
+        }
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         levels = self.options.noise_levels
         latent, text = batch["features"]["semantic"], batch["features"]["text"]
         text = drop_captions(text, self.nothing[0], self.options.caption_drop, draws.uniform())
-        condition = [
-            tuple(part.repeat_interleave(levels, dim=0) for part in keys_values)
-            for keys_values in self.network.condition(text)
-        ]
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            return self.network.denoise(x, self.network.modulate(t, x.dtype), condition)
-
         t = times_of(draws.uniform(levels)).flatten()
         noise = draws.normal((levels, *latent.shape[1:])).flatten(0, 1)
-        clean = latent.repeat_interleave(levels, dim=0)
-        return {"noise": diffusion_loss(predict, clean, self.options.p2_k, t, noise)}
+        return {"noise": noise_loss(self.network, latent, text, levels, self.options.p2_k, t, noise)}
 
     def exported(self) -> dict[str, torch.nn.Module]:
         return {"stage_c": self.network}
@@ -148,6 +158,8 @@ class StageCTask(Task):
                 "stage_b": files.load_stage_b(stage_b, device),
                 "text_encoder_b": encoder
                 if not options.text_encoder_b
-                else files.load_text_encoder(Path(options.text_encoder_b), device),
+                else files.load_text_encoder(
+                    weight_file("text_encoder_b", options.text_encoder_b, files.SET["text_encoder_c"]), device
+                ),
             }
         return Wuerstchen(stage_c=self.network, text_encoder_c=encoder, semantic_compressor=compressor, **self.drawers)
