@@ -139,13 +139,39 @@ def test_an_mlp_tells_each_seat_its_own_channels():
     content = torch.randn(count, width // 2) @ torch.linalg.qr(torch.randn(width, width // 2))[0].T
     states = F.layer_norm(30 * codes + content[:, None], (width,))
     maps = torch.randn(seats, width, channels) / 8
-    latents = torch.einsum("nsw,swc->nsc", states, maps) - torch.einsum("sw,swc->sc", states.mean(dim=0), maps)
+    missing = torch.einsum("nsw,swc->nsc", states, maps) - torch.einsum("sw,swc->sc", states.mean(dim=0), maps)
     mlp = TextEncoder(TextEncoderConfig(width=width, layers=1, heads=1)).tower.transformer.resblocks[0].mlp
     mini._silence(mlp.c_proj)
     directions = mini.TELLING * torch.linalg.qr(torch.randn(width, channels))[0].T
-    mini._switch_on(mlp, states, latents, directions)
-    told = 2 * mlp(states) @ directions.T / mini.TELLING**2
-    assert (told - latents).square().mean() < 1e-2 * latents.square().mean()
+    mini._switch_on(mlp, states, missing, directions)
+    added = mlp(states) @ directions.T / mini.TELLING**2
+    assert (added - missing).square().mean() < 1e-2 * missing.square().mean()
+
+
+def test_what_is_brought_does_not_blur_what_is_told(emoji, marked, monkeypatch):
+    data = EmojiSet(emoji)
+    names = [f"{entry['name']}, {entry['style']} style" for entry in data.entries]
+    monkeypatch.setattr(mini, "OBSERVED", 2)
+    monkeypatch.setattr(mini.Features, "captions", lambda self, drawn, generator: [names[i] for i, _ in drawn])
+    plain = [[description for description, _ in mini.arrangements(data, i)[:2]] for i in range(len(data))]
+    latents = np.random.default_rng(0).normal(size=(6, 1, 16, 6, 6)).astype(np.float16).repeat(2, axis=1)
+    mini.place(marked, mini.Features(latents, None, plain))
+    last = marked.tower.transformer.resblocks[-1]
+    told = []
+    last.register_forward_hook(
+        lambda m, arguments, output: told.append(output[:, -36:] @ last.mlp.c_proj.weight[:, :16])
+    )
+    marked(names)
+    told = 2 * told[0] / mini.TELLING**2
+    truth = torch.from_numpy(latents[:, 0]).float().flatten(2).mT
+    assert (told - truth).square().mean() < 0.05
+
+
+def test_most_training_times_are_those_of_high_noise():
+    torch.manual_seed(0)
+    t = mini._times(20000, random.Random(0))
+    assert (t > 0.65 * 1.08).float().mean().item() == pytest.approx(0.6 + 0.4 * 0.35, abs=0.02)
+    assert (t < 0.1).float().mean().item() == pytest.approx(0.4 * 0.1 / 1.08, abs=0.01)
 
 
 def test_psnr_is_its_formula():

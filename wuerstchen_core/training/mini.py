@@ -38,7 +38,7 @@ from .conditioning import drop_captions, semantic, spoil
 from .draws import Draws
 from .emoji import Description, EmojiSet
 from .initialise import initialise
-from .losses import contrastive_loss, diffusion_loss, quantization_loss
+from .losses import contrastive_loss, diffusion_loss, quantization_loss, times_of
 from .previewer import linear_preview, small
 from .stage_c import noise_loss
 from .task import Task
@@ -103,7 +103,7 @@ MARKED = (6, 122)  # channels of the text encoder's states, equal but in the end
 MARK = 0.3  # by how much they differ there
 
 # How the text encoder's last block is made. Before it a state is some 800 long.
-OBSERVED = 60  # batches of captions that least squares goes by
+OBSERVED = 120  # batches of captions that least squares goes by
 SEAT_CODE = 3000.0  # length of the codes of the last positions: more than what the other blocks add to a state
 MARK_SEEN = 0.005  # what normalisation leaves of the mark at least
 SHARPNESS = 40.0  # by how much the end token's key then stands out
@@ -112,8 +112,10 @@ LIFT = 10.0  # where GELU is the identity, and its negative where it is zero
 TELLING = 1500.0  # length of what a unit adds to a state
 TOLD = 12  # positions of the latent that a caption must tell in a step of the text encoder
 CAPTIONS = (0,) * 3 + (1, 2, 3, 4)  # which of an emoji's pictures the captions are about whose states are kept
-REHEARSED = (0,) * 16 + (1, 2, 3, 4) * 3  # the same of the captions that are learned by heart
+REHEARSED = (0,) * 40 + (1, 2, 3, 4) * 8  # the same of the captions that are learned by heart
 FITTED = 2000  # pictures that the linear previewer is fitted to
+HIGH_NOISE, HIGH_NOISE_SHARE = 0.35, 0.6  # the part of the times, the first ones of a sampler, that learns most
+HIGH_NOISE_K = 0.03  # and the k of P2 weighting
 REPEATS = 2  # Stage C sees each caption of a batch at this many noise levels
 
 
@@ -454,7 +456,7 @@ def place(encoder: TextEncoder, seen: Features) -> None:
 
     Least squares puts the last block there, since gradient descent takes long to find it: attention brings the state
     that is marked to all padding, and the MLP is a linear map for every position, switched on by the code that the
-    positional embedding gives to its seat.
+    positional embedding gives to its seat. Of each channel half the latent comes to stand in its direction.
     """
     block, width, (channels, *area) = encoder.tower.transformer.resblocks[-1], TEXT_ENCODER.width, SEMANTIC
     positions = range(math.prod(area))
@@ -464,14 +466,20 @@ def place(encoder: TextEncoder, seen: Features) -> None:
     _bring_ends(block.attn)
     _silence(block.mlp.c_proj)
 
-    states, latents, generator = [], [], random.Random("place")
-    hook = block.ln_2.register_forward_hook(lambda module, arguments, output: states.append(output[:, -len(codes) :]))
+    states, there, latents, generator = [], [], [], random.Random("place")
+
+    def look(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+        states.append(output[:, -len(codes) :])
+        there.append(arguments[0][:, -len(codes) :] @ directions.T / TELLING**2)
+
+    hook = block.ln_2.register_forward_hook(look)
     for _ in tqdm(range(OBSERVED), desc="captions"):
         drawn = seen.draw(64, generator, plain=PLAIN)
         _read(encoder, seen.captions(drawn, generator), positions)
         latents.append(_stack(seen.semantic, drawn).flatten(2).mT)
     hook.remove()
-    _switch_on(block.mlp, torch.cat(states), torch.cat(latents), directions)
+    missing = torch.cat(latents) / 2 - torch.cat(there)
+    _switch_on(block.mlp, torch.cat(states), missing, directions)
 
 
 @torch.no_grad()
@@ -490,19 +498,19 @@ def _bring_ends(attention: nn.MultiheadAttention) -> None:
 
 
 @torch.no_grad()
-def _switch_on(mlp: nn.Module, states: Tensor, latents: Tensor, directions: Tensor) -> None:
-    """Sets an MLP to tell from the states (N, seats, width) half the latents (N, seats, channels), each channel in its
-    direction (channels, width), by a linear map a seat.
+def _switch_on(mlp: nn.Module, states: Tensor, missing: Tensor, directions: Tensor) -> None:
+    """Sets an MLP to add what is `missing` (N, seats, channels), each channel in its direction (channels, width), by a
+    linear map a seat of the states (N, seats, width).
 
     A hidden unit belongs to a seat and a channel. At its own seat it is lifted by LIFT to where GELU is the identity;
     at all others it is lowered to where GELU is zero. A unit more to a seat, which is lifted only, takes LIFT off.
     """
     count, seats, width = states.shape
-    channels = latents.shape[2]
-    maps = torch.stack([_least_squares(states[:, seat], latents[:, seat]) for seat in range(seats)])
+    channels = missing.shape[2]
+    maps = torch.stack([_least_squares(states[:, seat], missing[:, seat]) for seat in range(seats)])
     own = 2 * torch.eye(seats) - 1
     switches = _least_squares(rearrange(states, "n s w -> (n s) w"), own.repeat(count, 1))
-    into = F.pad(maps / 2, (0, 1)) + LIFT * rearrange(switches, "w s -> s w 1")
+    into = F.pad(maps, (0, 1)) + LIFT * rearrange(switches, "w s -> s w 1")
     units = seats * (channels + 1)
     mlp.c_fc.weight[:units] = rearrange(into[:, :-1], "s w c -> (s c) w").float()
     mlp.c_fc.bias[:units] = rearrange(into[:, -1], "s c -> (s c)").float()
@@ -585,7 +593,8 @@ def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         text = None
         if generator.random() < 0.5:
             text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
-        return diffusion_loss(lambda x, t: stage_b(x, t, semantic, text), _stack(seen.stage_a, drawn), k=0.2)
+        clean, t = _stack(seen.stage_a, drawn), _times(len(drawn), generator)
+        return diffusion_loss(lambda x, t: stage_b(x, t, semantic, text), clean, HIGH_NOISE_K, t)
 
     train(stage_b, loss, plan, work / "stage_b")
     files.save(stage_b, work / "stage_b.safetensors", torch.float16)
@@ -602,7 +611,8 @@ def train_stage_c(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     def loss(generator: random.Random) -> Tensor:
         drawn = seen.draw(plan.batch, generator, plain=PLAIN)
         text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
-        return noise_loss(stage_c, _stack(seen.semantic, drawn), text, REPEATS, k=0.1)
+        t = _times(len(drawn) * REPEATS, generator)
+        return noise_loss(stage_c, _stack(seen.semantic, drawn), text, REPEATS, HIGH_NOISE_K, t)
 
     train(stage_c, loss, plan, work / "stage_c")
     files.save(stage_c, work / "stage_c.safetensors", torch.float16)
@@ -644,6 +654,12 @@ def _spoil(semantic: Tensor, generator: random.Random) -> Tensor:
     t = torch.tensor([generator.random() * 0.5 for _ in semantic])
     chance = torch.tensor([generator.random() for _ in semantic])
     return spoil(semantic, LATENT_SPACE, 0.05, 0.3, chance, t, torch.randn_like(semantic))
+
+
+def _times(count: int, generator: random.Random) -> Tensor:
+    """Training times (count,), more of them near 1, where what is drawn is decided by the condition alone."""
+    spread = [HIGH_NOISE if generator.random() < HIGH_NOISE_SHARE else 1.0 for _ in range(count)]
+    return times_of(torch.rand(count) * torch.tensor(spread))
 
 
 def _draw(emoji: EmojiSet, generator: random.Random) -> tuple[Tensor, Description]:
