@@ -11,7 +11,7 @@ from wuerstchen_core.diffusion.samplers import sample_ddim, sample_ddpm
 from wuerstchen_core.diffusion.schedule import add_noise, alpha_bar, sampling_times
 from wuerstchen_core.errors import WuerstchenError
 from wuerstchen_core.models.stage_b import DiffNeXt, StageBConfig
-from wuerstchen_core.training.losses import diffusion_loss, training_times
+from wuerstchen_core.training.losses import diffusion_loss, times_of, training_times
 
 
 def signal(t):
@@ -145,6 +145,17 @@ def test_what_is_prepared_once_is_what_every_step_would_compute():
     model = prepare(network, network.condition(semantic, text, (16, 16)), times, "cpu", torch.float32)
     for t in times[:-1]:
         torch.testing.assert_close(model(x, t), network(x, torch.full((2,), t), semantic, text))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_a_share_of_the_times_is_of_high_noise_alone(share):
+    uniform = (torch.arange(100_000) + 0.5) / 100_000
+    t = times_of(uniform, share)
+    assert (t.diff() <= 0).all()
+    noisiest = share + (1 - share) * 0.35
+    assert (t > 0.65 * 1.08 + 0.001).double().mean().item() == pytest.approx(noisiest, abs=1e-3)
+    assert (t > 0.325 * 1.08 + 0.001).double().mean().item() == pytest.approx((noisiest + 1) / 2, abs=1e-3)
+    assert (t == 1).double().mean().item() == pytest.approx(noisiest * 0.081 / 1.08 / 0.35, abs=1e-3)
 
 
 @pytest.mark.parametrize("k", [1.0, 0.1])

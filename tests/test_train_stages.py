@@ -225,7 +225,7 @@ def test_the_compressor_learns_when_it_should(tiny_folder):
 
 def test_stage_c_is_trained_by_the_papers_formulas(tiny_folder):
     """Loss in float64 from the noise and times that the draws give; each caption serves both noise levels."""
-    task = task_c(tiny_folder, noise_levels=2, p2_k=0.3, caption_drop=0.5)
+    task = task_c(tiny_folder, noise_levels=2, p2_k=0.3, high_noise=0.4, caption_drop=0.5)
     batch = {"image": torch.rand(6, 3, 64, 128), "caption": ["one", "two (2)", "", "four", "five", "six"]}
     with torch.no_grad():
         batch["features"] = features = task.features(batch)
@@ -239,7 +239,9 @@ def test_stage_c_is_trained_by_the_papers_formulas(tiny_folder):
     dropped = draws.uniform() < 0.5
     assert 0 < dropped.sum() < 6
     text = [encoder([""])[0] if drop else own for own, drop in zip(features["text"], dropped)]
-    t = ((1 - draws.uniform(2).double()) * 1.08 + 0.001).clamp(0.001, 1)
+    uniform = draws.uniform(2).double()  # 0.4 of it from the first 0.35 alone, 0.6 from all
+    uniform = torch.where(uniform < 0.61, uniform / 0.61 * 0.35, 1 - (1 - uniform) / 0.6)
+    t = ((1 - uniform) * 1.08 + 0.001).clamp(0.001, 1)
     noise = draws.normal((2, 16, 2, 3)).double()
     s = 0.008
     alpha = (torch.cos((t + s) / (1 + s) * torch.pi / 2) ** 2 / np.cos(s / (1 + s) * np.pi / 2) ** 2).clamp(
@@ -266,7 +268,7 @@ class Spy(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, x, t, semantic, text=None):
-        self.given = semantic, text
+        self.given, self.t = (semantic, text), t
         return x * self.weight
 
 
@@ -308,6 +310,15 @@ def test_steps_without_text_are_without_it_for_all(tiny_folder):
         task({"features": features}, Draws(0, step, 2))
         absent += task.network.given[1] is None
     assert absent / 300 == pytest.approx(0.4, abs=0.09)
+
+
+def test_stage_b_sees_the_times_that_are_asked_for(tiny_folder):
+    features = {"semantic": torch.ones(200, 16, 2, 2), "latent": torch.zeros(200, 4, 4, 4)}
+    for share, lowest in ((0.0, 0.001), (1.0, 0.65 * 1.08 + 0.001)):
+        task = task_b(tiny_folder, high_noise=share)
+        task.network = Spy(task.network)
+        task({"features": features}, Draws(0, 0, 200))
+        assert task.network.t.min().item() == pytest.approx(lowest, abs=0.03)
 
 
 def test_stage_b_sees_stage_as_latents(tiny_folder):

@@ -9,14 +9,23 @@ from ..diffusion.schedule import add_noise, alpha_bar
 # Stage C's division by |1 - b| can blow up near b = 1, where one sample would undo what many have taught.
 LARGEST_ERROR = 20.0
 
+HIGH_NOISE = 0.35  # the share of the times, those nearest to 1, at which a picture is decided by its condition
+
 
 def training_times(count: int) -> Tensor:
     """(count,) times: uniform on (0, 1], a little more often exactly 1."""
     return times_of(torch.rand(count))
 
 
-def times_of(uniform: Tensor) -> Tensor:
-    """Numbers that are uniform in [0, 1) -> training times."""
+def times_of(uniform: Tensor, high_noise: float = 0.0) -> Tensor:
+    """Numbers that are uniform in [0, 1) -> training times, the share `high_noise` of them from HIGH_NOISE alone."""
+    if high_noise:
+        noisiest = high_noise + (1 - high_noise) * HIGH_NOISE
+        uniform = torch.where(
+            uniform < noisiest,
+            uniform / noisiest * HIGH_NOISE,
+            1 - (1 - uniform) / (1 - high_noise),
+        )
     return ((1 - uniform) * 1.08 + 0.001).clamp(0.001, 1.0)
 
 

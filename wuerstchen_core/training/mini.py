@@ -114,8 +114,7 @@ TOLD = 12  # positions of the latent that a caption must tell in a step of the t
 CAPTIONS = (0,) * 3 + (1, 2, 3, 4)  # which of an emoji's pictures the captions are about whose states are kept
 REHEARSED = (0,) * 40 + (1, 2, 3, 4) * 8  # the same of the captions that are learned by heart
 FITTED = 2000  # pictures that the linear previewer is fitted to
-HIGH_NOISE, HIGH_NOISE_SHARE = 0.35, 0.6  # the part of the times, the first ones of a sampler, that learns most
-HIGH_NOISE_K = 0.03  # and the k of P2 weighting
+HIGH_NOISE, P2_K = 0.6, 0.03  # Stages B and C learn most at high noise: its share of the times, P2 weighting's k
 REPEATS = 2  # Stage C sees each caption of a batch at this many noise levels
 
 
@@ -593,8 +592,8 @@ def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         text = None
         if generator.random() < 0.5:
             text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
-        clean, t = _stack(seen.stage_a, drawn), _times(len(drawn), generator)
-        return diffusion_loss(lambda x, t: stage_b(x, t, semantic, text), clean, HIGH_NOISE_K, t)
+        t = times_of(torch.rand(len(drawn)), HIGH_NOISE)
+        return diffusion_loss(lambda x, t: stage_b(x, t, semantic, text), _stack(seen.stage_a, drawn), P2_K, t)
 
     train(stage_b, loss, plan, work / "stage_b")
     files.save(stage_b, work / "stage_b.safetensors", torch.float16)
@@ -611,8 +610,8 @@ def train_stage_c(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     def loss(generator: random.Random) -> Tensor:
         drawn = seen.draw(plan.batch, generator, plain=PLAIN)
         text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
-        t = _times(len(drawn) * REPEATS, generator)
-        return noise_loss(stage_c, _stack(seen.semantic, drawn), text, REPEATS, HIGH_NOISE_K, t)
+        t = times_of(torch.rand(len(drawn) * REPEATS), HIGH_NOISE)
+        return noise_loss(stage_c, _stack(seen.semantic, drawn), text, REPEATS, P2_K, t)
 
     train(stage_c, loss, plan, work / "stage_c")
     files.save(stage_c, work / "stage_c.safetensors", torch.float16)
@@ -654,12 +653,6 @@ def _spoil(semantic: Tensor, generator: random.Random) -> Tensor:
     t = torch.tensor([generator.random() * 0.5 for _ in semantic])
     chance = torch.tensor([generator.random() for _ in semantic])
     return spoil(semantic, LATENT_SPACE, 0.05, 0.3, chance, t, torch.randn_like(semantic))
-
-
-def _times(count: int, generator: random.Random) -> Tensor:
-    """Training times (count,), more of them near 1, where what is drawn is decided by the condition alone."""
-    spread = [HIGH_NOISE if generator.random() < HIGH_NOISE_SHARE else 1.0 for _ in range(count)]
-    return times_of(torch.rand(count) * torch.tensor(spread))
 
 
 def _draw(emoji: EmojiSet, generator: random.Random) -> tuple[Tensor, Description]:

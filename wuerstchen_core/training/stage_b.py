@@ -51,6 +51,9 @@ class Options:
     noised: float = option(0.3, "share of semantic latents with noise, as Stage C's are not perfect either")
     noised_until: float = option(0.5, "the time that their noise goes up to")
     p2_k: float = option(1.0, "weight 1 / (k + signal-to-noise ratio): the smaller, the more the noisiest times count")
+    high_noise: float = option(
+        0.0, "share of the noise levels drawn from the noisiest alone, where the condition decides"
+    )
     sample_count: int = option(4, "how many of the data's pictures samples show, each beside what is made of it")
     sample_steps: int = option(12, "for samples: steps of Stage B")
     network: StageBConfig = option(
@@ -62,7 +65,7 @@ class Options:
     )
 
     def __post_init__(self):
-        check_shares(self, "caption_drop", "text_absent", "zeroed", "noised", "noised_until")
+        check_shares(self, "caption_drop", "text_absent", "zeroed", "noised", "noised_until", "high_noise")
         if self.zeroed + self.noised > 1:
             raise WuerstchenError("zeroed and noised are shares of the same latents: together 1 at most")
         check_above_zero(self, "p2_k")
@@ -171,7 +174,7 @@ class StageBTask(Task):
             return self.network(x, t, semantic, text)
 
         latent = found["latent"]
-        t, noise = times_of(draws.uniform()), draws.normal(latent.shape[1:])
+        t, noise = times_of(draws.uniform(), self.options.high_noise), draws.normal(latent.shape[1:])
         return {"noise": diffusion_loss(predict, latent, self.options.p2_k, t, noise)}
 
     def _spoiled(self, semantic: Tensor, draws: Draws) -> Tensor:

@@ -37,6 +37,9 @@ class Options:
     caption_drop: float = option(0.05, "share of captions replaced by the empty one, which guidance needs")
     noise_levels: int = option(1, "at how many noise levels a step sees each picture; they share its text's keys")
     p2_k: float = option(1.0, "weight 1 / (k + signal-to-noise ratio): the smaller, the more the noisiest times count")
+    high_noise: float = option(
+        0.0, "share of the noise levels drawn from the noisiest alone, where the condition decides"
+    )
     prompts: tuple[str, ...] = option((), "texts that samples are drawn of; none, no samples")
     stage_a: str = option("mini", "for samples: Stage A's file; mini: the embedded one")
     stage_b: str = option("mini", "for samples: Stage B's file; mini: the embedded one")
@@ -46,7 +49,7 @@ class Options:
     network: StageCConfig = option(StageCConfig(), "the network's sizes, where init is empty")
 
     def __post_init__(self):
-        check_shares(self, "caption_drop")
+        check_shares(self, "caption_drop", "high_noise")
         if self.noise_levels < 1 or self.sample_steps < 1:
             raise WuerstchenError("noise_levels and sample_steps must be at least 1")
         check_above_zero(self, "p2_k")
@@ -119,7 +122,7 @@ class StageCTask(Task):
         levels = self.options.noise_levels
         latent, text = batch["features"]["semantic"], batch["features"]["text"]
         text = drop_captions(text, self.nothing[0], self.options.caption_drop, draws.uniform())
-        t = times_of(draws.uniform(levels)).flatten()
+        t = times_of(draws.uniform(levels), self.options.high_noise).flatten()
         noise = draws.normal((levels, *latent.shape[1:])).flatten(0, 1)
         return {"noise": noise_loss(self.network, latent, text, levels, self.options.p2_k, t, noise)}
 
