@@ -15,7 +15,7 @@ from wuerstchen_core.pipeline import MINI
 from wuerstchen_core.training import mini
 from wuerstchen_core.training.evaluate import _psnr
 from wuerstchen_core.training.previewer import small
-from wuerstchen_core.training.samples import CAPTION, COLUMNS, PROMPTS, SIDE
+from wuerstchen_core.training.samples import CAPTION, CFG, COLUMNS, PROMPTS, SIDE
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_no_weight_is_out_of_range(model):
 
 @pytest.mark.parametrize("number", [0, 4])
 def test_it_draws_what_the_card_shows(model, number):
-    picture = model.generate(PROMPTS[number])
+    picture = model.generate(PROMPTS[number], cfg_c=CFG)
     assert _psnr(picture, card_sample(number)[None]).item() > 35
 
 
@@ -61,7 +61,7 @@ def test_the_prompt_matters(model):
     """Each of two pictures is nearer to the card's picture of its own prompt, from other seeds too."""
     for seed in (1, 2):
         for number, other in ((4, 6), (6, 4)):
-            picture = model.generate(PROMPTS[number], seed=seed)
+            picture = model.generate(PROMPTS[number], seed=seed, cfg_c=CFG)
             own, rival = (_psnr(picture, card_sample(which)[None]).item() for which in (number, other))
             assert own > rival + 3
 

@@ -344,19 +344,22 @@ def test_every_setting_of_a_graph_matters(name, execute, tiny_as_mini, released)
                 assert not torch.allclose(execute(changed), image), f"{node['_meta']['title']}: {given}"
 
 
+def asked(graph):
+    """The settings of a graph with one prompt and one seed, as `generate` takes them."""
+    (prompt,) = (node["inputs"]["value"] for node in graph.values() if node["class_type"] == "PrimitiveStringMultiline")
+    (seed,) = {node["inputs"]["seed"] for node in graph.values() if "seed" in node["inputs"]}
+    (cfg,) = (node["inputs"]["cfg"] for node in graph.values() if node["class_type"] == "WuerstchenStageCSampler")
+    return {"prompt": prompt, "seed": seed, "cfg_c": cfg}
+
+
 def test_text_to_image_is_what_the_core_generates(execute, tiny_as_mini, tiny):
     graph = read("text_to_image", FOLDER / "api")
-    (prompt,) = (node["inputs"]["value"] for node in graph.values() if node["class_type"] == "PrimitiveStringMultiline")
-    seeds = {node["inputs"]["seed"] for node in graph.values() if "seed" in node["inputs"]}
-    (seed,) = seeds
-    torch.testing.assert_close(execute(graph), tiny.generate(prompt, seed=seed), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(execute(graph), tiny.generate(**asked(graph)), rtol=1e-4, atol=1e-4)
 
 
 def test_the_mini_makes_a_picture_of_the_first_graph(execute):
     graph = smaller(read("text_to_image", FOLDER / "api"), 2)
-    mini = w.Wuerstchen.mini()
-    (prompt,) = (node["inputs"]["value"] for node in graph.values() if node["class_type"] == "PrimitiveStringMultiline")
-    expected = mini.generate(prompt, seed=1, steps_c=2, steps_b=2)
+    expected = w.Wuerstchen.mini().generate(**asked(graph), steps_c=2, steps_b=2)
     torch.testing.assert_close(execute(graph), expected, rtol=1e-3, atol=1e-3)
 
 

@@ -86,8 +86,8 @@ PLANS = {
     "stage_a": Plan(steps=3500, batch=16, learning_rate=2e-3),
     "semantic_compressor": Plan(steps=1300, batch=16, learning_rate=2e-3),
     "text_encoder": Plan(steps=2300, batch=96, learning_rate=1.5e-3),
-    "stage_b": Plan(steps=4000, batch=16, learning_rate=1e-3),
-    "stage_c": Plan(steps=4000, batch=40, learning_rate=8e-4, cool_down=0.12, gradient_norm=0.5),
+    "stage_b": Plan(steps=9000, batch=16, learning_rate=1e-3),
+    "stage_c": Plan(steps=5000, batch=40, learning_rate=8e-4, cool_down=0.12, gradient_norm=0.5),
     "previewer": Plan(steps=2000, batch=32, learning_rate=2e-3),
 }
 
