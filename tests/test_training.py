@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import wuerstchen_core as w
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
 from wuerstchen_core.training import mini
+from wuerstchen_core.training.captions import plain_caption
 from wuerstchen_core.training.conditioning import compressor_input
 from wuerstchen_core.training.emoji import COLOURS, EmojiSet
 from wuerstchen_core.training.evaluate import _psnr, evaluate
@@ -150,7 +151,7 @@ def test_an_mlp_tells_each_seat_its_own_channels():
 
 def test_what_is_brought_does_not_blur_what_is_told(emoji, marked, monkeypatch):
     data = EmojiSet(emoji)
-    names = [f"{entry['name']}, {entry['style']} style" for entry in data.entries]
+    names = [plain_caption(entry["name"], entry["style"]) for entry in data.entries]
     monkeypatch.setattr(mini, "OBSERVED", 2)
     monkeypatch.setattr(mini.Features, "captions", lambda self, drawn, generator: [names[i] for i, _ in drawn])
     plain = [[description for description, _ in mini.arrangements(data, i)[:2]] for i in range(len(data))]

@@ -12,9 +12,9 @@ LARGEST_ERROR = 20.0
 HIGH_NOISE = 0.35  # the share of the times, those nearest to 1, at which a picture is decided by its condition
 
 
-def training_times(count: int) -> Tensor:
-    """(count,) times: uniform on (0, 1], a little more often exactly 1."""
-    return times_of(torch.rand(count))
+def training_times(count: int, high_noise: float = 0.0) -> Tensor:
+    """(count,) times: uniform on (0, 1], a little more often exactly 1; a share `high_noise` from HIGH_NOISE alone."""
+    return times_of(torch.rand(count), high_noise)
 
 
 def times_of(uniform: Tensor, high_noise: float = 0.0) -> Tensor:
@@ -29,17 +29,14 @@ def times_of(uniform: Tensor, high_noise: float = 0.0) -> Tensor:
     return ((1 - uniform) * 1.08 + 0.001).clamp(0.001, 1.0)
 
 
-def diffusion_loss(
-    model, clean: Tensor, k: float = 1.0, t: Tensor | None = None, noise: Tensor | None = None
-) -> Tensor:
+def diffusion_loss(model, clean: Tensor, k: float, t: Tensor, noise: Tensor | None = None) -> Tensor:
     """Squared error of the predicted noise, weighted by 1 / (k + signal-to-noise ratio) (P2, arXiv 2204.00227).
 
     The smaller `k`, the more the times count at which there is little but noise, and the text must tell what to draw.
 
-    `model(x, t)` predicts the noise in x (B, ...) at times t (B,); `clean` (B, ...) is what it should find. Times and
-    noise are drawn where they are not given. A sample whose mean squared error is above LARGEST_ERROR teaches nothing.
+    `model(x, t)` predicts the noise in x (B, ...) at times t (B,); `clean` (B, ...) is what it should find. Noise is
+    drawn where it is not given. A sample whose mean squared error is above LARGEST_ERROR teaches nothing.
     """
-    t = training_times(len(clean)) if t is None else t
     noise = torch.randn_like(clean) if noise is None else noise
     signal = alpha_bar(t)
     error = (model(add_noise(clean, noise, t), t).float() - noise).square().flatten(1).mean(dim=1)

@@ -38,7 +38,7 @@ from .conditioning import drop_captions, semantic, spoil
 from .draws import Draws
 from .emoji import Description, EmojiSet
 from .initialise import initialise
-from .losses import contrastive_loss, diffusion_loss, quantization_loss, times_of
+from .losses import contrastive_loss, diffusion_loss, quantization_loss, training_times
 from .previewer import linear_preview, small
 from .stage_c import noise_loss
 from .task import Task
@@ -592,7 +592,7 @@ def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         text = None
         if generator.random() < 0.5:
             text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
-        t = times_of(torch.rand(len(drawn)), HIGH_NOISE)
+        t = training_times(len(drawn), HIGH_NOISE)
         return diffusion_loss(lambda x, t: stage_b(x, t, semantic, text), _stack(seen.stage_a, drawn), P2_K, t)
 
     train(stage_b, loss, plan, work / "stage_b")
@@ -610,7 +610,7 @@ def train_stage_c(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     def loss(generator: random.Random) -> Tensor:
         drawn = seen.draw(plan.batch, generator, plain=PLAIN)
         text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
-        t = times_of(torch.rand(len(drawn) * REPEATS), HIGH_NOISE)
+        t = training_times(len(drawn) * REPEATS, HIGH_NOISE)
         return noise_loss(stage_c, _stack(seen.semantic, drawn), text, REPEATS, P2_K, t)
 
     train(stage_c, loss, plan, work / "stage_c")

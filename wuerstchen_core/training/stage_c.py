@@ -82,7 +82,7 @@ def noise_loss(
     text: Tensor,
     levels: int,
     k: float,
-    t: Tensor | None = None,
+    t: Tensor,
     noise: Tensor | None = None,
 ) -> Tensor:
     """`diffusion_loss` of latent (B, 16, p, q) given text (B, L, text_width), whose keys and values serve `levels`
