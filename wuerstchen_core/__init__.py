@@ -1,6 +1,6 @@
 """Würstchen (arXiv 2306.00637): text to image in three stages. The interface is what is named here."""
 
-from .checkpoints.files import (
+from .checkpoints.load import (
     load_previewer,
     load_semantic_compressor,
     load_stage_a,
@@ -9,10 +9,11 @@ from .checkpoints.files import (
     load_text_encoder,
     save,
 )
-from .checkpoints.lora import LoRA, apply_loras, load_lora
-from .errors import WuerstchenError
+from .checkpoints.lora import load_lora
 from .geometry import Geometry
+from .models.lora import LoRA, apply_loras
 from .pipeline import Wuerstchen
+from .util.errors import WuerstchenError
 
 __all__ = [
     "Geometry",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .errors import WuerstchenError
+from .util.errors import WuerstchenError
 
 STEP = 8  # a picture's sides are multiples of this
 WORK_STEP = 64  # Stage B: Stage A's factor 4 times patch 2 times three halvings

@@ -17,12 +17,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .checkpoints import files
+from .checkpoints.load import (
+    load_previewer,
+    load_semantic_compressor,
+    load_stage_a,
+    load_stage_b,
+    load_stage_c,
+    load_text_encoder,
+)
+from .checkpoints.sets import MINI, find_set
 from .diffusion.guidance import guide, keep_outside, prepare
 from .diffusion.samplers import sampler_named
 from .diffusion.schedule import add_noise, sampling_times
-from .errors import WuerstchenError
-from .finite import is_finite
 from .geometry import Geometry
 from .models.previewer import Previewer
 from .models.semantic_compressor import SemanticCompressor
@@ -30,9 +36,8 @@ from .models.stage_a import VQGAN
 from .models.stage_b import DiffNeXt
 from .models.stage_c import Prior
 from .models.text_encoder import TextEncoder
-
-MINI = Path(__file__).parent / "mini"
-LINEAR_PREVIEW = MINI / "linear_preview.safetensors"  # a colour for each position; fitted to the mini
+from .util.errors import WuerstchenError
+from .util.finite import is_finite
 
 Progress = Callable[[int, int, Tensor], None]  # (step from 1, steps, clean latent predicted at that step)
 
@@ -218,22 +223,22 @@ class Wuerstchen:
         dtype: torch.dtype = torch.float32,
     ) -> "Wuerstchen":
         """A file a network. Raises WuerstchenError for a file that is not what its name here says."""
-        encoder_c = files.load_text_encoder(text_encoder_c, device, dtype)
+        encoder_c = load_text_encoder(text_encoder_c, device, dtype)
         shared = Path(text_encoder_b) == Path(text_encoder_c)
         return cls(
-            stage_a=files.load_stage_a(stage_a, device, dtype),
-            stage_b=files.load_stage_b(stage_b, device, dtype),
-            stage_c=files.load_stage_c(stage_c, device, dtype),
+            stage_a=load_stage_a(stage_a, device, dtype),
+            stage_b=load_stage_b(stage_b, device, dtype),
+            stage_c=load_stage_c(stage_c, device, dtype),
             text_encoder_c=encoder_c,
-            text_encoder_b=encoder_c if shared else files.load_text_encoder(text_encoder_b, device, dtype),
-            semantic_compressor=files.load_semantic_compressor(semantic_compressor, device, dtype),
-            previewer=None if previewer is None else files.load_previewer(previewer, device, dtype),
+            text_encoder_b=encoder_c if shared else load_text_encoder(text_encoder_b, device, dtype),
+            semantic_compressor=load_semantic_compressor(semantic_compressor, device, dtype),
+            previewer=None if previewer is None else load_previewer(previewer, device, dtype),
         )
 
     @classmethod
     def from_folder(cls, folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> "Wuerstchen":
-        """A folder that holds the whole set under the names of `files.SET`."""
-        return cls.from_files(**files.find_set(folder), device=device, dtype=dtype)
+        """A folder that holds the whole set under the names of `SET`."""
+        return cls.from_files(**find_set(folder), device=device, dtype=dtype)
 
     @classmethod
     def mini(cls, device="cpu", dtype: torch.dtype = torch.float32) -> "Wuerstchen":

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import WuerstchenError
+from ..util.errors import WuerstchenError
 
 # What diffusers, transformers and, for a LoRA, peft call the weights in a folder of theirs.
 FOLDER_NAMES = (

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from torch import Size
 
-from ..errors import WuerstchenError
 from ..models.latent_space import LatentSpace
 from ..models.semantic_compressor import BackboneStage, SemanticCompressorConfig
 from ..models.stage_a import StageAConfig
 from ..models.stage_b import StageBConfig
 from ..models.stage_c import StageCConfig
 from ..models.text_encoder import TextEncoderConfig
+from ..util.errors import WuerstchenError
 from .archive import Archive
 
 HEAD_WIDTH = 64

@@ -1,20 +1,16 @@
-"""LoRA (arXiv 2106.09685) for Stage C: low-rank changes of its weights, read from the files of diffusers and peft."""
+"""Files of LoRAs for Stage C, as diffusers and peft write them."""
 
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import WuerstchenError
-from ..finite import is_finite
-from ..models.stage_c import Prior
+from ..models.lora import MODULES, Change, LoRA, size_text
+from ..util.errors import WuerstchenError
+from ..util.finite import is_finite
 from .archive import Archive, open_archive
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers': peft's configuration as JSON
@@ -28,59 +24,8 @@ FACTOR = re.compile(
 ALPHA = re.compile(r"(?P<module>.+)\.alpha")
 PREFIX = re.compile(r"(?:(?:base_model\.model|prior|unet)\.)*")
 
-# What can be changed: Stage C's Linears and 1x1 convolutions.
-MODULES = re.compile(
-    r"projection|cond_mapper\.[02]|out\.1"
-    r"|blocks\.\d+\.(?:channelwise\.[04]|mapper|kv_mapper\.1|attention\.to_(?:q|k|v|out\.0))"
-)
-
 # Variants of LoRA whose change of a weight is not scale * up @ down.
 VARIANTS = ("use_dora", "use_qalora", "use_bdlora")
-
-
-class Change(NamedTuple):
-    """The change of one weight: scale * up @ down."""
-
-    down: Tensor  # (rank, in)
-    up: Tensor  # (out, rank)
-    alpha: float
-    scale: float  # alpha / rank, or alpha / sqrt(rank) in rsLoRA
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.up.shape[0], self.down.shape[1]
-
-    def delta(self, device) -> Tensor:
-        """(out, in) in float32"""
-        return self.up.to(device, torch.float32) @ self.down.to(device, torch.float32) * self.scale
-
-
-@dataclass(frozen=True, eq=False)
-class LoRA:
-    """Changes of a Stage C's weights, by the names of its modules."""
-
-    path: Path
-    changes: dict[str, Change] = field(repr=False)
-
-    def check(self, network: Prior) -> None:
-        """Raises WuerstchenError, naming the first module, where the changes are not of a network like this one."""
-        for name, change in self.changes.items():
-            try:
-                shape = tuple(network.get_submodule(name).weight.shape[:2])
-            except AttributeError as error:
-                raise WuerstchenError(
-                    f"{self.path}: a LoRA of another Stage C: it changes {name}, which this one, of depth "
-                    f"{network.config.depth}, has not"
-                ) from error
-            if change.shape != shape:
-                raise WuerstchenError(
-                    f"{self.path}: a LoRA of another Stage C: it changes {name} of {_text(change.shape)}, which in "
-                    f"this one, of width {network.config.width}, is {_text(shape)}"
-                )
 
 
 def load_lora(path: str | Path) -> LoRA:
@@ -117,36 +62,6 @@ def read_lora(archive: Archive) -> LoRA:
     return LoRA(archive.path, changes)
 
 
-@contextmanager
-def apply_loras(network: Prior, loras: Iterable[tuple[LoRA, float]]) -> Iterator[None]:
-    """Within the context the network's weights are W + sum of strength * scale * up @ down; after it, what they were.
-
-    The sum is computed in float32 and rounded once. The weights themselves are put aside, not written to, and put back
-    at the end.
-
-    Raises:
-        WuerstchenError: a LoRA is of another network, or a strength is not finite. Nothing is changed then.
-    """
-    changes: dict[str, list[tuple[Change, float]]] = {}
-    for lora, strength in loras:
-        lora.check(network)
-        if not math.isfinite(strength):
-            raise WuerstchenError(f"{lora.path}: its strength is {strength}: it must be a finite number")
-        if strength != 0:
-            for name, change in lora.changes.items():
-                changes.setdefault(name, []).append((change, strength))
-    weights: dict[nn.Module, nn.Parameter] = {}
-    try:
-        for name, several in changes.items():
-            module = network.get_submodule(name)
-            weights[module] = module.weight
-            module.weight = nn.Parameter(_merged(module.weight, several), requires_grad=False)
-        yield
-    finally:
-        for module, weight in weights.items():
-            module.weight = weight
-
-
 def is_lora(archive: Archive) -> bool:
     return any(FACTOR.fullmatch(name) for name in archive.tensors)
 
@@ -162,12 +77,6 @@ def describe_lora(archive: Archive) -> Iterator[str]:
     yield f"  alpha          {_listed(change.alpha for change in changes.values())}"
     yield f"  parameters     {sum(change.down.numel() + change.up.numel() for change in changes.values()):,}"
     yield f"  dtype          {_listed(str(change.up.dtype).removeprefix('torch.') for change in changes.values())}"
-
-
-@torch.no_grad()
-def _merged(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
-    delta = sum(change.delta(weight.device) * strength for change, strength in changes)
-    return (weight.float() + delta.view_as(weight)).to(weight.dtype)
 
 
 def _sorted(archive: Archive) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
@@ -211,7 +120,7 @@ def _half(archive: Archive, module: str, halves: Mapping[str, Tensor], name: str
     half = halves[name]
     if half.dim() not in (2, 4) or half.numel() == 0 or any(side != 1 for side in half.shape[2:]):
         raise WuerstchenError(
-            f"{archive.path}: damaged LoRA, a half of {module} has the shape {_text(half.shape)} and is no matrix"
+            f"{archive.path}: damaged LoRA, a half of {module} has the shape {size_text(half.shape)} and is no matrix"
         )
     return half.flatten(1).clone()
 
@@ -222,7 +131,7 @@ def _config(archive: Archive) -> dict:
     if METADATA_KEY in archive.metadata:
         source, text = f"{archive.path}: its metadata {METADATA_KEY!r}", archive.metadata[METADATA_KEY]
     elif archive.path.stem == "adapter_model" and beside.exists():
-        source, text = f"{beside}: it", beside.read_text(encoding="utf-8", errors="replace")
+        source, text = f"{beside}: it", beside.readsize_text(encoding="utf-8", errors="replace")
     else:
         return {}
     try:
@@ -268,7 +177,3 @@ def _width(module: str, change: Change) -> int:
 
 def _listed(values: Iterable) -> str:
     return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in sorted(set(values)))
-
-
-def _text(shape) -> str:
-    return "×".join(map(str, shape))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import WuerstchenError
+from ..util.errors import WuerstchenError
 from .schedule import alpha_bar
 
 Model = Callable[[Tensor, float], Tensor]

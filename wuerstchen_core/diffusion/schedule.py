@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import WuerstchenError
+from ..util.errors import WuerstchenError
 
 OFFSET = 0.008
 SCHEDULES = ("even", "uneven")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import WuerstchenError
+from ..util.errors import WuerstchenError
 from .blocks import LayerNorm2d
 
 FACTOR = 8  # pixels of the small picture to a position of the latent

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
 
-from ..errors import WuerstchenError
+from ..util.errors import WuerstchenError
 from .latent_space import LatentSpace
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

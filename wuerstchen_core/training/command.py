@@ -6,7 +6,7 @@ import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from ..errors import WuerstchenError
+from ..util.errors import WuerstchenError
 from .options import listed, load, option, override, read_all
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -32,10 +32,10 @@ def run(stage: str, arguments: list[str]) -> None:
     Raises:
         WuerstchenError: an option is unknown or out of its range, or what `run.train` raises.
     """
-    from .data_options import DataOptions
-    from .run import Plan
+    from .data.options import DataOptions
+    from .loop.run import Plan
 
-    module = importlib.import_module(f".{STAGES[stage][0]}", __package__)
+    module = importlib.import_module(f".stages.{STAGES[stage][0]}", __package__)
     classes = (RunOptions, DataOptions, Plan, module.Options)
     config, given = _parsed(stage, classes, arguments)
     path = _config_file(config, STAGES[stage][0])
@@ -46,8 +46,8 @@ def run(stage: str, arguments: list[str]) -> None:
 def _train(module, run_options: RunOptions, data, plan, options) -> None:
     import torch
 
-    from .feature_cache import FeatureCache, fingerprint
-    from .run import train
+    from .data.feature_cache import FeatureCache, fingerprint
+    from .loop.run import train
 
     torch.manual_seed(plan.seed)
     task = module.build(options, data)

@@ -23,7 +23,7 @@ try:
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
-from ..errors import WuerstchenError
+from ..util.errors import WuerstchenError
 
 NEEDED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 

@@ -1,0 +1,19 @@
+"""All that the nodes need of ComfyUI itself: folders, devices and memory, progress and Cancel."""
+
+from .folders import model_sets, places, weight_files
+from .loading import LOADERS, Model, linear_preview, load_network, load_set, to_intermediate, with_lora
+from .progress import progress
+
+__all__ = [
+    "LOADERS",
+    "Model",
+    "linear_preview",
+    "load_network",
+    "load_set",
+    "model_sets",
+    "places",
+    "progress",
+    "to_intermediate",
+    "weight_files",
+    "with_lora",
+]

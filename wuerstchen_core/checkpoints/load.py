@@ -1,0 +1,204 @@
+"""Weight files: loading a network from any layout, saving it in ours.
+
+Ours are safetensors whose metadata holds the network's kind and configuration as JSON.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..models.latent_space import LatentSpace
+from ..models.previewer import Previewer, PreviewerConfig
+from ..models.semantic_compressor import BackboneStage, SemanticCompressor, SemanticCompressorConfig
+from ..models.stage_a import VQGAN, StageAConfig
+from ..models.stage_b import DiffNeXt, StageBConfig
+from ..models.stage_c import Prior, StageCConfig
+from ..models.text_encoder import TextEncoder, TextEncoderConfig
+from ..util.atomic import replacing
+from ..util.errors import WuerstchenError
+from ..util.finite import is_finite
+from .archive import Archive, open_archive
+from .layouts import Part, foreign, part_at, places
+from .mapping import Source, sources
+
+METADATA_KEY = "wuerstchen"
+
+NETWORKS = {
+    "stage_a": (VQGAN, StageAConfig),
+    "stage_b": (DiffNeXt, StageBConfig),
+    "stage_c": (Prior, StageCConfig),
+    "semantic_compressor": (SemanticCompressor, SemanticCompressorConfig),
+    "text_encoder": (TextEncoder, TextEncoderConfig),
+    "previewer": (Previewer, PreviewerConfig),
+}
+
+
+def save(network: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a network's weights and configuration to `path`, whole or not at all; floats as `dtype` if given."""
+    kind = next(kind for kind, (cls, _) in NETWORKS.items() if isinstance(network, cls))
+    header = json.dumps({"network": kind, "config": dataclasses.asdict(network.config)})
+    tensors = {
+        name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in network.state_dict().items()
+    }
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={METADATA_KEY: header})
+
+
+def load_stage_a(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, operations=nn) -> VQGAN:
+    """Stage A from `path`, ready for inference.
+
+    Every loader here takes our layout, the authors', diffusers' and, for text, open_clip's and transformers', as
+    safetensors or PyTorch file, or a folder of diffusers or transformers that holds one. `dtype` None keeps the
+    file's; `operations` is what the layers are made of (ComfyUI's convention). On the CPU, what needs no conversion
+    stays a view of the file.
+
+    Raises:
+        WuerstchenError: the file is not a whole file of this network, or its weights are not all finite in `dtype`.
+    """
+    return load_network("stage_a", path, device, dtype, operations=operations)
+
+
+def load_stage_b(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, operations=nn) -> DiffNeXt:
+    """Stage B from `path`, ready for inference; see `load_stage_a`."""
+    return load_network("stage_b", path, device, dtype, operations=operations)
+
+
+def load_stage_c(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, operations=nn) -> Prior:
+    """Stage C from `path`, its EMA where it has one, ready for inference; see `load_stage_a`."""
+    return load_network("stage_c", path, device, dtype, operations=operations)
+
+
+def load_semantic_compressor(
+    path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32
+) -> SemanticCompressor:
+    """The semantic compressor from `path`, which may be the published Stage B; see `load_stage_a`."""
+    return load_network("semantic_compressor", path, device, dtype)
+
+
+def load_text_encoder(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32) -> TextEncoder:
+    """A text encoder from `path`, a CLIP's with or without its vision tower; see `load_stage_a`."""
+    return load_network("text_encoder", path, device, dtype)
+
+
+def load_previewer(
+    path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, operations=nn
+) -> Previewer:
+    """A previewer from `path`, in our layout, which is the only one; see `load_stage_a`."""
+    return load_network("previewer", path, device, dtype, operations=operations)
+
+
+def outline(path: str | Path, kind: str) -> nn.Module:
+    """The network of that kind in `path`, on the meta device: its weights are not read. Raises as the loaders do."""
+    archive = open_archive(path)
+    return empty(archive, _part(archive, kind))
+
+
+def parts(archive: Archive) -> dict[str, Part]:
+    """Kind -> network in the file.
+
+    Raises WuerstchenError where there is none, or where it is none that the loaders could take.
+    """
+    if METADATA_KEY in archive.metadata:
+        own = _own_part(archive)
+        return {own.kind: own}
+    found = {kind: part_at(archive, kind, prefix) for kind, prefix in places(archive).items()}
+    if not found:
+        raise WuerstchenError(f"{archive.path}: this is {_unknown(archive)}")
+    return found
+
+
+def load_network(kind: str, path: str | Path, device, dtype: torch.dtype | None, **options) -> nn.Module:
+    archive = open_archive(path)
+    part = _part(archive, kind)
+    network = empty(archive, part, **options)
+    kept = sources(archive, part, shapes(network))
+    joined = {name: kept.pop(name) for name, source in list(kept.items()) if source and source.is_joined}
+    weights = _read(archive.reopened(), joined, device, dtype) if joined else {}
+    network.load_state_dict(weights | _read(archive, kept, device, dtype), assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _read(archive: Archive, found: Mapping[str, Source | None], device, dtype) -> dict[str, torch.Tensor]:
+    weights = {}
+    for name, source in found.items():
+        tensor = torch.tensor(0) if source is None else source.read(archive)
+        weights[name] = _place(archive, name, tensor, device, dtype)
+    return weights
+
+
+def _part(archive: Archive, kind: str) -> Part:
+    if METADATA_KEY in archive.metadata:
+        own = _own_part(archive)
+        if own.kind == kind:
+            return own
+        found = {own.kind: own.prefix}
+    else:
+        found = places(archive)
+        if kind in found:
+            return part_at(archive, kind, found[kind])
+    if not found:
+        raise WuerstchenError(f"{archive.path}: this is {_unknown(archive)}; here goes a {kind} file")
+    beside = foreign(archive, tuple(found.values()))
+    what = f"a {' and '.join(found)} file" + (f", with {beside}" if beside else "")
+    loaders = " and ".join(f"load_{other}" for other in found) + (" takes" if len(found) == 1 else " take")
+    raise WuerstchenError(f"{archive.path}: this is {what}; {loaders} it, here goes a {kind} file")
+
+
+def _unknown(archive: Archive) -> str:
+    first = ", ".join(list(archive.tensors)[:3])
+    return foreign(archive) or f"no network of Würstchen (the names of its tensors begin with {first})"
+
+
+def empty(archive: Archive, part: Part, **options) -> nn.Module:
+    """The network of a part without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return NETWORKS[part.kind][0](part.config, **options)
+    except (TypeError, ValueError, RuntimeError, IndexError, ArithmeticError) as error:
+        raise WuerstchenError(f"{archive.path}: there is no {part.kind} of its configuration: {error}") from error
+
+
+def shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+def _own_part(archive: Archive) -> Part:
+    try:
+        header = json.loads(archive.metadata[METADATA_KEY])
+        kind, values = header["network"], header["config"]
+        config_cls = NETWORKS[kind][1]
+    except (KeyError, TypeError, ValueError) as error:
+        raise WuerstchenError(f"{archive.path}: {METADATA_KEY!r} in its metadata is not as we write it") from error
+    try:
+        config = config_cls(**{name: _FIELD_READERS.get(name, _hashable)(value) for name, value in values.items()})
+    except (AttributeError, TypeError) as error:
+        raise WuerstchenError(f"{archive.path}: its configuration is not one of a {kind}: {error}") from error
+    return Part(kind, "ours", "", config)
+
+
+def _hashable(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+_FIELD_READERS = {
+    "latent_space": lambda value: LatentSpace(**value),
+    "stages": lambda value: tuple(BackboneStage(*stage) for stage in value),
+}
+
+
+def _place(archive: Archive, name: str, tensor: torch.Tensor, device, dtype: torch.dtype | None) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor.to(device)
+    placed = tensor.to(device, dtype)
+    if not is_finite(placed):
+        if is_finite(tensor):
+            half = str(dtype).removeprefix("torch.")
+            raise WuerstchenError(f"{archive.path}: {name} is too large for {half}; load it as bfloat16 or float32")
+        raise WuerstchenError(f"{archive.path}: damaged weights, {name} is not finite (NaN or infinity)")
+    return placed

@@ -1,0 +1,70 @@
+"""What is about the embedded model: its data set, its training, its figures."""
+
+import argparse
+from pathlib import Path
+
+from ..util.atomic import replacing
+from .common import add_model, check_png, command, load_model
+
+
+def add_data_command(commands) -> None:
+    data = commands.add_parser("data", help="build a data set").add_subparsers(metavar="SET", required=True)
+    emoji = command(data, "emoji", _build_emoji, "the embedded model's data set: emoji with their names (needs npm)")
+    emoji.add_argument("folder", type=Path, help="where to write it; must not exist yet")
+
+
+def add_train_command(train) -> None:
+    mini = command(train, "mini", _train_mini, "the embedded model, from scratch or from where a run was stopped")
+    mini.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
+    mini.add_argument("work", type=Path, help="folder for checkpoints and the finished weights")
+    mini.add_argument(
+        "--only", metavar="NETWORK", help="stage_a, semantic_compressor, text_encoder, stage_b, stage_c or previewer"
+    )
+    mini.add_argument("--steps", type=int, metavar="N", help="instead of the recipe's")
+
+
+def add_evaluate_command(commands) -> None:
+    evaluate = command(commands, "evaluate", _evaluate, "measure a model on the emoji data set")
+    evaluate.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
+    evaluate.add_argument("--count", type=int, default=200, metavar="N", help="pictures and prompts (default: 200)")
+    evaluate.add_argument(
+        "--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file"
+    )
+    add_model(evaluate)
+
+
+def _build_emoji(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from ..mini import emoji
+
+    with tqdm(unit="emoji", leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        emoji.build(options.folder, progress=show)
+    print(f"{len(emoji.EmojiSet(options.folder))} emoji in {options.folder}")
+
+
+def _train_mini(options: argparse.Namespace) -> None:
+    from ..mini.recipe import train_mini
+
+    train_mini(options.data, options.work, options.only, options.steps)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from ..mini.emoji import EmojiSet
+    from ..mini.evaluation import evaluate
+
+    emoji = EmojiSet(options.data)
+    if options.sheet is not None:
+        from ..mini.samples import sample_sheet
+
+        check_png(options.sheet)
+        with replacing(options.sheet) as partial:
+            sample_sheet(load_model(options)).save(partial, format="PNG")
+        return
+    for line in evaluate(load_model(options), emoji, options.count):
+        print(line, flush=True)

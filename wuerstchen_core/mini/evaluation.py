@@ -1,0 +1,126 @@
+"""The embedded model's figures: is a picture the same after a round trip, and is what was asked for drawn?"""
+
+import random
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import pipeline
+from ..geometry import Geometry
+from ..pipeline import Wuerstchen
+from ..util.errors import WuerstchenError
+from .captions import keyword_caption, plain_caption, with_article
+from .emoji import COLOURS, EmojiSet
+
+BATCH = 10
+SIDE = 64  # pixels a side in which a picture is compared with the data set's
+EDGE = 8  # pixels from the side that are background, in a picture with an emoji of the plain size
+KEYWORDS = 2  # that an emoji must have to be prompted by its keywords
+
+
+def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int) -> Iterator[str]:
+    """The figures, a line each, on `count` pictures or prompts.
+
+    The pictures of the round trips are drawn with placements and colours that training did not see. Prompts are the
+    plain ones, "<name>, <style> style"; a picture counts when, of all plain pictures of the style, that of the
+    prompted emoji is the nearest by the cosine similarity of 64x64 pixels, or as near as the nearest: a few emoji of a
+    style have the same picture. The same is told of prompts of all the keywords in place of the name, for emoji that
+    have at least two. With a colour in the prompt, "<name>, <style> style, on a <colour> background", a picture counts
+    when the median of its outermost pixels is nearer to that colour than to the others and to white.
+    """
+    if not 1 <= count <= len(emoji):
+        raise WuerstchenError(f"count is {count}: it must be from 1 to {len(emoji)}, the emoji of the data set")
+    generator = random.Random("evaluation")
+    pictures = [emoji.draw(i, generator)[0] for i in generator.sample(range(len(emoji)), count)]
+    trips = {"Stage A round trip": _through_a, "compress, Stage B, Stage A": _through_b}
+    for name, trip in trips.items():
+        ratios = torch.cat([_psnr(trip(model, batch), batch) for batch in _batches(pictures, name)])
+        yield f"{name}: PSNR {ratios.mean():.2f} dB (lowest {ratios.min():.2f}, highest {ratios.max():.2f})"
+    references = torch.stack([_thumbnail(emoji.plain(i)) for i in tqdm(range(len(emoji)), desc="plain", leave=False)])
+    prompted = generator.sample(range(len(emoji)), count)
+    names = [plain_caption(emoji.entries[i]["name"], emoji.entries[i]["style"]) for i in prompted]
+
+    def nearest(prompted: list[int], captions: list[str], name: str) -> list[bool]:
+        images = _draw(model, captions, emoji.size, name)
+        return [_is_nearest(image, i, emoji, references) for i, image in zip(prompted, images)]
+
+    hits = nearest(prompted, names, "text to picture")
+    for style in dict.fromkeys(emoji.entries[i]["style"] for i in prompted):
+        own = [hit for i, hit in zip(prompted, hits) if emoji.entries[i]["style"] == style]
+        yield f"text to picture, {style}: {sum(own)} of {len(own)} nearest to the prompted emoji"
+    yield f"text to picture: top-1 {sum(hits) / count:.1%} of {count} prompts"
+
+    known = [i for i, entry in enumerate(emoji.entries) if len(entry["keywords"]) >= KEYWORDS]
+    prompted = generator.sample(known, min(count, len(known)))
+    keywords = [keyword_caption(tuple(emoji.entries[i]["keywords"]), emoji.entries[i]["style"]) for i in prompted]
+    hits = nearest(prompted, keywords, "keywords to picture")
+    yield f"keywords to picture: top-1 {sum(hits) / len(hits):.1%} of {len(hits)} prompts"
+
+    colours = [generator.choice(list(COLOURS)) for _ in names]
+    coloured = [f"{name}, on {with_article(colour)} background" for name, colour in zip(names, colours)]
+    seen = [_background(image) for image in _draw(model, coloured, emoji.size, "backgrounds")]
+    hits = [there == asked for there, asked in zip(seen, colours)]
+    yield f"background: {sum(hits) / count:.1%} of {count} pictures are on the colour that was asked for"
+
+
+def _batches(pictures: list[Tensor], name: str) -> Iterator[Tensor]:
+    """(B, H, W, 3) batches"""
+    for start in tqdm(range(0, len(pictures), BATCH), desc=name, leave=False):
+        yield rearrange(pictures[start : start + BATCH], "b c h w -> b h w c")
+
+
+def _through_a(model: Wuerstchen, images: Tensor) -> Tensor:
+    return pipeline.decode(model.stage_a, pipeline.encode(model.stage_a, images), _geometry(images))
+
+
+def _through_b(model: Wuerstchen, images: Tensor) -> Tensor:
+    semantic = pipeline.compress(model.semantic_compressor, images)
+    latent = pipeline.sample_stage_b(model.stage_b, semantic, _geometry(images))
+    return pipeline.decode(model.stage_a, latent, _geometry(images))
+
+
+def _geometry(images: Tensor) -> Geometry:
+    return Geometry(width=images.shape[2], height=images.shape[1])
+
+
+def _psnr(images: Tensor, truth: Tensor) -> Tensor:
+    """(B, H, W, 3) in [0, 1] -> peak signal-to-noise ratio of each in dB (B,)"""
+    return -10 * (images - truth).square().flatten(1).mean(dim=1).log10()
+
+
+def _draw(model: Wuerstchen, captions: list[str], side: int, name: str) -> Iterator[Tensor]:
+    """A picture (side, side, 3) of each caption, at the default settings."""
+    geometry = Geometry(side, side)
+    empty = model.text_encoder_c([""])
+    for start in tqdm(range(0, len(captions), BATCH), desc=name, leave=False):
+        batch = captions[start : start + BATCH]
+        latent = torch.zeros(len(batch), model.stage_c.config.latent_channels, *geometry.stage_c)
+        semantic = pipeline.sample_stage_c(model.stage_c, latent, model.text_encoder_c(batch), empty, seed=start)
+        latent = pipeline.sample_stage_b(model.stage_b, semantic, geometry, model.text_encoder_b(batch), seed=start)
+        yield from pipeline.decode(model.stage_a, latent, geometry)
+
+
+def _is_nearest(image: Tensor, i: int, emoji: EmojiSet, references: Tensor) -> bool:
+    """Whether no plain picture of its style is nearer to the image (H, W, 3) than that of emoji `i`."""
+    likeness = references @ _thumbnail(rearrange(image, "h w c -> c h w"))
+    rivals = torch.tensor([entry["style"] == emoji.entries[i]["style"] for entry in emoji.entries])
+    return (likeness[i] >= likeness[rivals].max()).item()
+
+
+def _background(image: Tensor) -> str:
+    """The name of the colour that the edges of an image (H, W, 3) have."""
+    inside = torch.zeros(image.shape[:2], dtype=torch.bool)
+    inside[EDGE:-EDGE, EDGE:-EDGE] = True
+    colour = image[~inside].median(dim=0).values
+    names = {"white": (1.0, 1.0, 1.0)} | COLOURS
+    return min(names, key=lambda name: (colour - torch.tensor(names[name])).norm())
+
+
+def _thumbnail(picture: Tensor) -> Tensor:
+    """(3, H, W) -> its 64x64 pixels as a unit vector"""
+    small = F.interpolate(picture[None], size=(SIDE, SIDE), mode="area")
+    return F.normalize(small.flatten(), dim=0)

@@ -1,0 +1,43 @@
+"""The emoji as a source of training's data."""
+
+import random
+from pathlib import Path
+
+from torch import Tensor
+
+from .captions import caption
+from .emoji import EmojiSet
+
+
+class EmojiSource:
+    """The emoji of a data set that `wuerstchen data emoji` wrote: every time another arrangement and wording.
+
+    Raises WuerstchenError where the folder holds no such data set.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = folder
+        self.emoji = EmojiSet(folder)
+
+    def __reduce__(self):
+        """Sent to another process as the name of the folder: its pictures stay a view of the file."""
+        return EmojiSource, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.emoji)
+
+    def key(self, i: int) -> str:
+        entry = self.emoji.entries[i]
+        return f"{entry['style']}/{entry['name']}"
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self.emoji.size, self.emoji.size
+
+    def load(self, i: int, generator: random.Random) -> tuple[Tensor, str]:
+        image, description = self.emoji.draw(i, generator)
+        return image, caption(description, generator)
+
+
+def emoji_source(data: str) -> EmojiSource | None:
+    """The source of a data set that `wuerstchen data emoji` wrote, known by its file emoji.json; else None."""
+    return EmojiSource(data) if (Path(data) / "emoji.json").is_file() else None

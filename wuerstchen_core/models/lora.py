@@ -1,0 +1,106 @@
+"""LoRA (arXiv 2106.09685): low-rank changes of Stage C's weights, and their application."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..util.errors import WuerstchenError
+from .stage_c import Prior
+
+# What can be changed: Stage C's Linears and 1x1 convolutions.
+MODULES = re.compile(
+    r"projection|cond_mapper\.[02]|out\.1"
+    r"|blocks\.\d+\.(?:channelwise\.[04]|mapper|kv_mapper\.1|attention\.to_(?:q|k|v|out\.0))"
+)
+
+
+class Change(NamedTuple):
+    """The change of one weight: scale * up @ down."""
+
+    down: Tensor  # (rank, in)
+    up: Tensor  # (out, rank)
+    alpha: float
+    scale: float  # alpha / rank, or alpha / sqrt(rank) in rsLoRA
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def delta(self, device) -> Tensor:
+        """(out, in) in float32"""
+        return self.up.to(device, torch.float32) @ self.down.to(device, torch.float32) * self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA:
+    """Changes of a Stage C's weights, by the names of its modules."""
+
+    path: Path
+    changes: dict[str, Change] = field(repr=False)
+
+    def check(self, network: Prior) -> None:
+        """Raises WuerstchenError, naming the first module, where the changes are not of a network like this one."""
+        for name, change in self.changes.items():
+            try:
+                shape = tuple(network.get_submodule(name).weight.shape[:2])
+            except AttributeError as error:
+                raise WuerstchenError(
+                    f"{self.path}: a LoRA of another Stage C: it changes {name}, which this one, of depth "
+                    f"{network.config.depth}, has not"
+                ) from error
+            if change.shape != shape:
+                raise WuerstchenError(
+                    f"{self.path}: a LoRA of another Stage C: it changes {name} of {size_text(change.shape)}, which in "
+                    f"this one, of width {network.config.width}, is {size_text(shape)}"
+                )
+
+
+@contextmanager
+def apply_loras(network: Prior, loras: Iterable[tuple[LoRA, float]]) -> Iterator[None]:
+    """Within the context the network's weights are W + sum of strength * scale * up @ down; after it, what they were.
+
+    The sum is computed in float32 and rounded once. The weights themselves are put aside, not written to, and put back
+    at the end.
+
+    Raises:
+        WuerstchenError: a LoRA is of another network, or a strength is not finite. Nothing is changed then.
+    """
+    changes: dict[str, list[tuple[Change, float]]] = {}
+    for lora, strength in loras:
+        lora.check(network)
+        if not math.isfinite(strength):
+            raise WuerstchenError(f"{lora.path}: its strength is {strength}: it must be a finite number")
+        if strength != 0:
+            for name, change in lora.changes.items():
+                changes.setdefault(name, []).append((change, strength))
+    weights: dict[nn.Module, nn.Parameter] = {}
+    try:
+        for name, several in changes.items():
+            module = network.get_submodule(name)
+            weights[module] = module.weight
+            module.weight = nn.Parameter(_merged(module.weight, several), requires_grad=False)
+        yield
+    finally:
+        for module, weight in weights.items():
+            module.weight = weight
+
+
+@torch.no_grad()
+def _merged(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
+    delta = sum(change.delta(weight.device) * strength for change, strength in changes)
+    return (weight.float() + delta.view_as(weight)).to(weight.dtype)
+
+
+def size_text(shape) -> str:
+    return "×".join(map(str, shape))

@@ -1,0 +1,90 @@
+"""How long a model takes to load and to draw, and the memory that it needs."""
+
+import ctypes
+import gc
+import re
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from ..checkpoints.archive import open_archive
+from ..checkpoints.describe import describe
+from ..checkpoints.load import load_network, parts
+from ..pipeline import Wuerstchen
+from ..util.errors import WuerstchenError
+
+
+def benchmark(load: Callable[[], Wuerstchen], runs: int) -> Iterator[str]:
+    """Loads a model, draws `runs` pictures of 256x256 at the default steps; a line a figure."""
+    start = time.perf_counter()
+    model = load()
+    yield f"load      {time.perf_counter() - start:6.2f} s"
+    for run in range(1, runs + 1):
+        seconds = _time_picture(model, seed=run)
+        stages = ", ".join(f"{stage} {took:.2f} s" for stage, took in seconds.items())
+        yield f"picture {run} {sum(seconds.values()):6.2f} s: {stages}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    yield f"peak memory {peak:.2f} GiB, {torch.get_num_threads()} threads"
+
+
+def benchmark_loading(path: Path, device="cpu") -> Iterator[str]:
+    """Loads the networks of a file one by one, in the file's own precision; a line a network.
+
+    The peak of memory is that of the process above what it had before, also as a multiple of the file's size.
+
+    Raises:
+        WuerstchenError: it is not a file that the loaders take, or this is not Linux.
+    """
+    list(describe(path))  # imports what the networks are made of
+    archive = open_archive(path)
+    kinds, size = list(parts(archive)), archive.path.stat().st_size
+    del archive
+    for kind in kinds:
+        start = time.perf_counter()
+        peak, network = peak_growth(lambda: load_network(kind, path, device, dtype=None))
+        seconds = time.perf_counter() - start
+        yield (
+            f"{path}: {kind} in {seconds:.2f} s, {size / 1e6:,.1f} MB, peak memory {peak / 1e6:,.1f} MB "
+            f"({peak / size:.2f} of the file)"
+        )
+        del network
+
+
+def peak_growth(work: Callable):
+    """Bytes by which resident memory grew at most while `work` ran, and what it returned.
+
+    Raises:
+        WuerstchenError: this is not Linux, which alone lets a process follow its peak.
+    """
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what is taken
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    except (AttributeError, OSError, TypeError) as error:
+        raise WuerstchenError("the peak of memory can be measured on Linux only") from error
+    before = _resident("VmRSS")
+    result = work()
+    return _resident("VmHWM") - before, result
+
+
+def _resident(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def _time_picture(model: Wuerstchen, seed: int) -> dict[str, float]:
+    """Seconds of each stage: text is in Stage C's, the time until the picture is there in Stage A's."""
+    seconds = {"Stage C": 0.0, "Stage B": 0.0, "Stage A": 0.0}
+    last = time.perf_counter()
+
+    def clock(stage: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds[stage] += now - last
+        last = now
+
+    model.generate("a slice of pizza", seed=seed, progress=lambda stage, step, steps: clock(stage))
+    clock("Stage A")
+    return seconds

@@ -1,0 +1,113 @@
+"""Features of samples on disk: what frozen networks make of pictures and captions is computed once."""
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...util.atomic import replacing
+from ...util.errors import WuerstchenError
+
+Features = dict[str, Tensor]  # such as {"semantic": (16, p, q), "latent": (4, h, w), "text": (L, width)}
+
+CHECKSUM = "crc32"
+
+
+class FeatureCache:
+    """A folder with a small safetensors file for each sample, its tensors as they were given.
+
+    Features made with one set of weights are never taken for those of another: `fingerprint`, from the function of that
+    name, chooses a subfolder. A sample is found by its address, from `address`.
+
+    Raises WuerstchenError where the folder can't be made.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str):
+        self.folder = Path(folder) / _digest(fingerprint)[:16]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WuerstchenError(f"{folder}: features can't be kept there ({error.strerror})") from error
+
+    def find(self, address: str) -> Features | None:
+        """The features of one sample, or None where they are missing or the file is damaged."""
+        try:
+            with safe_open(self._path(address), framework="pt") as file:
+                features = {name: file.get_tensor(name) for name in file.keys()}
+                whole = file.metadata() == {CHECKSUM: _checksum(features)}
+        except (OSError, SafetensorError):
+            return None
+        return features if whole else None
+
+    def read(self, addresses: Sequence[str]) -> Features | None:
+        """The features of some samples, stacked: (B, …) each. None where those of one are missing, or don't stack."""
+        found = [self.find(address) for address in addresses]
+        return None if None in found else stacked(found)
+
+    def write(self, addresses: Sequence[str], features: Features) -> None:
+        """Keeps stacked features, (B, …) each, for B samples. Raises WuerstchenError where they can't be written."""
+        for number, address in enumerate(addresses):
+            own = {name: tensor[number].detach().cpu().contiguous().clone() for name, tensor in features.items()}
+            path = self._path(address)
+            try:
+                path.parent.mkdir(exist_ok=True)
+                with replacing(path) as partial:
+                    save_file(own, partial, metadata={CHECKSUM: _checksum(own)})
+            except (OSError, SafetensorError) as error:
+                raise WuerstchenError(f"{path}: features could not be written ({error})") from error
+
+    def _path(self, address: str) -> Path:
+        return self.folder / address[:2] / f"{address[2:]}.safetensors"
+
+
+def address(key: str, stamp: str, size: tuple[int, int], caption: str) -> str:
+    """Where the features of a sample are: it changes with the picture (`stamp`), its size in pixels and its caption."""
+    return _digest(repr((key, stamp, size, caption)))
+
+
+def fingerprint(*paths: str | Path) -> str:
+    """What tells the weights in some files, or folders of files, from all others: a hash of their content, in order.
+
+    Reads them whole. Raises WuerstchenError naming one that can't be read.
+    """
+    content = hashlib.blake2b(digest_size=32)
+    for path in map(Path, paths):
+        files = sorted(inside for inside in path.rglob("*") if inside.is_file()) if path.is_dir() else [path]
+        for file in files:
+            content.update(_content_digest(file))
+    return content.hexdigest()
+
+
+def stacked(features: Sequence[Features]) -> Features | None:
+    """Features of single samples -> (B, …) each, or None where their names or shapes differ."""
+    kinds = {tuple((name, one[name].shape, one[name].dtype) for name in sorted(one)) for one in features}
+    if len(kinds) != 1:
+        return None
+    return {name: torch.stack([one[name] for one in features]) for name in features[0]}
+
+
+def _content_digest(path: Path) -> bytes:
+    content = hashlib.blake2b(digest_size=32)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                content.update(chunk)
+    except OSError as error:
+        raise WuerstchenError(f"{path}: cannot be read ({error.strerror})") from error
+    return content.digest()
+
+
+def _checksum(features: Features) -> str:
+    total = 0
+    for name in sorted(features):
+        total = zlib.crc32(features[name].reshape(-1).view(torch.uint8).numpy(), total)
+    return str(total)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()

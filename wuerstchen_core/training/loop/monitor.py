@@ -1,0 +1,98 @@
+"""What a run shows of itself: a progress bar, tensorboard's logs, and pictures."""
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from ...util.atomic import replacing
+from ...util.errors import WuerstchenError
+from .task import Task
+
+log = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Shows and writes on the main process, and does nothing on the others.
+
+    What an earlier run has logged behind step `first` no longer counts.
+    """
+
+    def __init__(self, folder: Path, first: int, steps: int, is_main: bool):
+        self.folder, self.first, self.steps, self.is_main = folder, first, steps, is_main
+        self._smooth: float | None = None
+
+    def __enter__(self) -> "Monitor":
+        self._bar = tqdm(
+            initial=self.first, total=self.steps, desc=self.folder.name, smoothing=0.05, disable=not self.is_main
+        )
+        self._writer = self._opened() if self.is_main else None
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._bar.close()
+        if self._writer is not None:
+            try:
+                self._writer.close()
+            except OSError:  # a full disk: what ended the run tells of it
+                pass
+
+    def _opened(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise WuerstchenError("training needs tensorboard: pip install -e '.[train]'") from error
+        return SummaryWriter(str(self.folder / "logs"), purge_step=self.first + 1 if self.first else None)
+
+    def progress(self, loss: float) -> None:
+        self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
+        self._bar.set_postfix(loss=f"{self._smooth:.4f}", refresh=False)
+        self._bar.update()
+
+    def log(self, step: int, losses: dict[str, float], norm: float, rate: float) -> None:
+        if self._writer is None:
+            return
+        values = {f"loss/{name}": loss for name, loss in losses.items()}
+        for name, value in (values | {"gradient_norm": norm, "learning_rate": rate}).items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """So that what a checkpoint stands behind is in the logs."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def samples(self, step: int, averaged: Task) -> None:
+        """The averaged weights' samples as a grid. A network that can't draw yet is told of, nothing worse.
+
+        Raises WuerstchenError where the picture can't be written.
+        """
+        try:
+            with torch.no_grad():
+                pictures = averaged.samples()
+        except WuerstchenError as error:
+            log.warning("there are no samples of step %d: %s", step, error)
+            return
+        if pictures is None:
+            return
+        grid = _grid(pictures)
+        path = self.folder / "samples" / f"{step:07}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as partial:
+                Image.fromarray(grid.numpy()).save(partial, format="PNG")
+        except OSError as error:
+            raise WuerstchenError(f"{path}: could not be written ({error.strerror or error})") from error
+        self._writer.add_image("samples", grid.numpy(), step, dataformats="HWC")
+
+
+def _grid(pictures: Tensor) -> Tensor:
+    """(N, H, W, 3) in [0, 1] -> (rows, columns, 3) bytes, about square; an even number a row keeps pairs together"""
+    planes = rearrange(pictures.cpu().float(), "n h w c -> n c h w")
+    grid = make_grid(planes, nrow=2 * math.ceil(len(planes) ** 0.5 / 2), padding=4, pad_value=1.0)
+    return (rearrange(grid, "c h w -> h w c").clamp(0, 1) * 255).round().byte()

@@ -1,0 +1,125 @@
+"""The training of a LoRA for Stage C: Stage C's own, but for what learns. peft adds it, diffusers' layout keeps it."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...checkpoints.lora import METADATA_KEY
+from ...models.lora import MODULES
+from ...models.stage_c import Prior, StageCConfig
+from ...util.atomic import replacing
+from ...util.errors import WuerstchenError
+from ..data.options import DataOptions
+from ..loop.draws import Draws
+from ..loop.task import Task
+from ..options import option
+from . import stage_c
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Options(stage_c.Options):
+    init: str = option("mini", "the Stage C that the LoRA is for, in any layout; mini: the embedded one")
+    rank: int = option(8, "of the change of each weight: the larger, the more it can learn")
+    alpha: float = option(8.0, "the change is scaled by alpha / rank")
+    targets: tuple[str, ...] = option(TARGETS, "what it changes, by the ends of the names of Stage C's modules")
+    network: StageCConfig = dataclasses.field(init=False, default=StageCConfig())  # init's own
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.init:
+            raise WuerstchenError("init is missing: name the Stage C that the LoRA is for")
+
+
+def build(options: Options, data: DataOptions) -> "LoRATask":
+    """Raises WuerstchenError as `stage_c.build` and `add_lora` do."""
+    return LoRATask(stage_c.build(options, data), options)
+
+
+class LoRATask(Task):
+    """A LoRA on the network of Stage C's training, whose own weights stay as they are."""
+
+    def __init__(self, base: stage_c.StageCTask, options: Options):
+        super().__init__()
+        base.network.requires_grad_(False)
+        add_lora(base.network, options.rank, options.alpha, options.targets)
+        self.base = base
+        self.frozen, self.feature_files = base.frozen, base.feature_files
+
+    def features(self, batch: dict) -> dict[str, Tensor]:
+        return self.base.features(batch)
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        return self.base(batch, draws)
+
+    def export(self, folder: Path, dtype: torch.dtype) -> list[Path]:
+        path = folder / "lora.safetensors"
+        save_lora(self.base.network, path, dtype)
+        return [path]
+
+    def samples(self) -> Tensor | None:
+        return self.base.samples()
+
+
+def add_lora(network: Prior, rank: int, alpha: float, targets: Sequence[str] = TARGETS) -> list[nn.Parameter]:
+    """Adds a LoRA (arXiv 2106.09685) to the network and gives its parameters, in float32; they alone are trained.
+
+    At first it changes nothing: its second half is zero.
+
+    Args:
+        rank: of the change, at least 1.
+        alpha: the change is scaled by alpha / rank.
+        targets: modules by the ends of their names, such as `to_q` (in every block) or `blocks.2.attention.to_q`.
+
+    Raises:
+        WuerstchenError: rank or alpha is not above 0, or a target is none of Stage C's Linears and 1x1 convolutions.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise WuerstchenError("training a LoRA needs peft: pip install -e '.[train]'") from error
+    if rank < 1 or alpha <= 0:
+        raise WuerstchenError(f"rank is {rank} and alpha is {alpha}: rank must be at least 1, alpha above 0")
+    if not targets:
+        raise WuerstchenError("there are no targets: name a module to put a LoRA on")
+    names = [name for name, _ in network.named_modules() if MODULES.fullmatch(name)]
+    chosen = set()
+    for target in targets:
+        meant = {name for name in names if f".{name}".endswith(f".{target}")}
+        if not meant:
+            kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.(attention\.)?", "", name) for name in names)
+            raise WuerstchenError(f"{target}: there is no such module to put a LoRA on; take of {', '.join(kinds)}")
+        chosen |= meant
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(chosen)), network)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    return trained
+
+
+def save_lora(network: Prior, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes the LoRA that `add_lora` has added, whole or not at all, as safetensors in diffusers' layout.
+
+    The layout is that of `WuerstchenPriorPipeline.save_lora_weights`: peft's names under `prior.`, and peft's
+    configuration, alpha among it, as the metadata `lora_adapter_metadata`.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    config = {
+        f"prior.{key}": sorted(value) if isinstance(value, set) else value
+        for key, value in network.peft_config["default"].to_dict().items()
+    }
+    tensors = {
+        f"prior.{name}": tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in get_peft_model_state_dict(network).items()
+    }
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt", METADATA_KEY: json.dumps(config)})

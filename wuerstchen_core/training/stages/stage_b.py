@@ -1,0 +1,203 @@
+"""The training of Stage B (paper section 3): diffusion in Stage A's space from semantic latents, and of the semantic
+compressor with it."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoints.load import load_semantic_compressor, load_stage_a, load_stage_b
+from ...checkpoints.sets import SET
+from ...geometry import Geometry
+from ...models.latent_space import LatentSpace
+from ...models.semantic_compressor import SemanticCompressor, SemanticCompressorConfig
+from ...models.stage_a import VQGAN
+from ...models.stage_b import DiffNeXt, StageBConfig
+from ...models.text_encoder import TextEncoder
+from ...pipeline import compress, decode, sample_stage_b
+from ...util.errors import WuerstchenError
+from ..data.options import DataOptions
+from ..loop.draws import Draws
+from ..loop.task import Task
+from ..options import check_above_zero, check_at_least, check_shares, option
+from .conditioning import (
+    check_size,
+    compressor_input,
+    copied,
+    drop_captions,
+    encode_captions,
+    load_backbone,
+    spoil,
+    text_encoder_for,
+    weight_file,
+)
+from .initialise import initialise
+from .losses import diffusion_loss, times_of
+
+
+@dataclass(frozen=True)
+class Options:
+    stage_a: str = option("mini", "Stage A's file; mini: the embedded one")
+    semantic_compressor: str = option(
+        "mini", "the semantic compressor's file; mini: the embedded one; empty: a new one, of [compressor]'s sizes"
+    )
+    train_compressor: bool = option(False, "train the semantic compressor too, as the paper does; else it is only used")
+    backbone: str = option("", "for a new compressor: torchvision's EfficientNetV2 ImageNet weights to begin with")
+    text_encoder: str = option("mini", "the text encoder's file; mini: the embedded one; empty: Stage B reads no text")
+    init: str = option("", "a Stage B to go on from, in any layout; [network] is its own then")
+    caption_drop: float = option(0.05, "share of captions replaced by the empty one")
+    text_absent: float = option(0.0, "share of steps without any text, so that it also draws without")
+    zeroed: float = option(0.05, "share of semantic latents replaced by zero, which guidance needs")
+    noised: float = option(0.3, "share of semantic latents with noise, as Stage C's are not perfect either")
+    noised_until: float = option(0.5, "the time that their noise goes up to")
+    p2_k: float = option(1.0, "weight 1 / (k + signal-to-noise ratio): the smaller, the more the noisiest times count")
+    high_noise: float = option(
+        0.0, "share of the noise levels drawn from the noisiest alone, where the condition decides"
+    )
+    sample_count: int = option(4, "how many of the data's pictures samples show, each beside what is made of it")
+    sample_steps: int = option(12, "for samples: steps of Stage B")
+    network: StageBConfig = option(
+        StageBConfig(), "the network's sizes, where init is empty; latent_space is the compressor's"
+    )
+    compressor: SemanticCompressorConfig = option(
+        SemanticCompressorConfig(latent_space=LatentSpace(0.0, 1.0)),
+        "a new compressor's sizes; stages are [fused, expansion, stride, channels, layers]",
+    )
+
+    def __post_init__(self):
+        check_shares(self, "caption_drop", "text_absent", "zeroed", "noised", "noised_until", "high_noise")
+        if self.zeroed + self.noised > 1:
+            raise WuerstchenError("zeroed and noised are shares of the same latents: together 1 at most")
+        check_above_zero(self, "p2_k")
+        check_at_least(1, self, "sample_steps")
+        if not self.semantic_compressor and not self.train_compressor:
+            raise WuerstchenError("semantic_compressor: name a file, or train a new one with --train-compressor true")
+
+
+def build(options: Options, data: DataOptions) -> "StageBTask":
+    """Raises WuerstchenError where a file is missing or does not fit the others, or options contradict each other."""
+    check_size(data.size)
+    if data.cache and options.train_compressor:
+        raise WuerstchenError("cache: the pictures are needed themselves while the compressor is trained")
+    stage_a_file = weight_file("stage_a", options.stage_a, SET["stage_a"])
+    stage_a = load_stage_a(stage_a_file)
+    compressor, compressor_files = _compressor(options)
+    if options.init:
+        network = copied(load_stage_b(weight_file("init", options.init, SET["stage_b"])))
+    else:
+        config = dataclasses.replace(options.network, latent_space=compressor.config.latent_space)
+        network = DiffNeXt(config)
+        initialise(network)
+    encoder, text_files = None, []
+    if options.text_encoder:
+        path, encoder = text_encoder_for(
+            "text_encoder", options.text_encoder, network.config.text_width, "this Stage B"
+        )
+        text_files = [path]
+    for name, ours, theirs in (
+        ("stage_a", network.config.latent_channels, stage_a.config.latent_channels),
+        ("semantic_compressor", network.config.semantic_channels, compressor.config.latent_channels),
+    ):
+        if ours != theirs:
+            raise WuerstchenError(f"{name}: its latents have {theirs} channels, and Stage B is for {ours}")
+    if network.config.latent_space != compressor.config.latent_space:
+        raise WuerstchenError(
+            f"init: this Stage B is for {network.config.latent_space}, but the compressor's is "
+            f"{compressor.config.latent_space}"
+        )
+    task = StageBTask(network, compressor, stage_a, encoder, options, data)
+    task.feature_files = (stage_a_file, *compressor_files, *text_files)
+    return task
+
+
+def _compressor(options: Options) -> tuple[SemanticCompressor, list]:
+    if not options.semantic_compressor:
+        compressor = SemanticCompressor(options.compressor)
+        if options.backbone:
+            load_backbone(compressor, options.backbone)
+        return compressor, []
+    path = weight_file("semantic_compressor", options.semantic_compressor, SET["semantic_compressor"])
+    compressor = load_semantic_compressor(path)
+    return (copied(compressor), []) if options.train_compressor else (compressor, [path])
+
+
+class StageBTask(Task):
+    """`network` learns to tell the noise in a picture's latent of Stage A, given its semantic latent and caption.
+
+    The semantic latent comes from the compressor, which is frozen or learns with it (`options.train_compressor`).
+    """
+
+    def __init__(
+        self,
+        network: DiffNeXt,
+        compressor: SemanticCompressor,
+        stage_a: VQGAN,
+        encoder: TextEncoder | None,
+        options: Options,
+        data: DataOptions,
+    ):
+        super().__init__()
+        self.network = network
+        self.options, self.data = options, data
+        self.compressor = compressor if options.train_compressor else None
+        self.readers = {"stage_a": stage_a, "encoder": encoder}
+        if not options.train_compressor:
+            self.readers["compressor"] = compressor
+        self.frozen = tuple(reader for reader in self.readers.values() if reader is not None)
+        self.leaves_out = encoder is None or options.text_absent > 0
+        self.nothing: tuple[Tensor, ...] = ()
+        if encoder is not None:
+            with torch.no_grad():
+                self.nothing = (encode_captions(encoder, [""]),)
+        self.pictures: tuple[Tensor, ...] = ()
+
+    def features(self, batch: dict) -> dict[str, Tensor]:
+        found = {"latent": self.readers["stage_a"].encode(batch["image"])}
+        if self.compressor is None:
+            found["semantic"] = self.readers["compressor"](compressor_input(batch["image"]))
+        if self.readers["encoder"] is not None:
+            found["text"] = encode_captions(self.readers["encoder"], batch["caption"])
+        return found
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        found = batch["features"]
+        if self.compressor is None:
+            semantic = found["semantic"]
+        else:
+            semantic = self.compressor(compressor_input(batch["image"]))
+        semantic = self._spoiled(semantic, draws)
+        text = None
+        if "text" in found and draws.common.random() >= self.options.text_absent:
+            text = drop_captions(found["text"], self.nothing[0], self.options.caption_drop, draws.uniform())
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return self.network(x, t, semantic, text)
+
+        latent = found["latent"]
+        t, noise = times_of(draws.uniform(), self.options.high_noise), draws.normal(latent.shape[1:])
+        return {"noise": diffusion_loss(predict, latent, self.options.p2_k, t, noise)}
+
+    def _spoiled(self, semantic: Tensor, draws: Draws) -> Tensor:
+        options, space = self.options, self.network.config.latent_space
+        chance, t = draws.uniform(), draws.uniform() * options.noised_until
+        return spoil(semantic, space, options.zeroed, options.noised, chance, t, draws.normal(semantic.shape[1:]))
+
+    def exported(self) -> dict[str, nn.Module]:
+        if self.compressor is None:
+            return {"stage_b": self.network}
+        return {"stage_b": self.network, "semantic_compressor": self.compressor}
+
+    def samples(self) -> Tensor | None:
+        if not self.options.sample_count:
+            return None
+        device = self.network.clip_mapper.weight.device
+        if not self.pictures:
+            self.pictures = (self.data.first_pictures(self.options.sample_count).permute(0, 2, 3, 1),)
+        image = self.pictures[0].to(device)
+        compressor = self.readers["compressor"] if self.compressor is None else self.compressor
+        geometry = Geometry(width=image.shape[2], height=image.shape[1])
+        semantic = compress(compressor, image)
+        latent = sample_stage_b(self.network, semantic, geometry, steps=self.options.sample_steps)
+        drawn = decode(self.readers["stage_a"], latent, geometry)
+        return torch.stack([image, drawn], dim=1).flatten(0, 1)

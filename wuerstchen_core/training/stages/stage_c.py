@@ -1,0 +1,161 @@
+"""The training of Stage C (paper section 3): diffusion in the semantic compressor's space, from text."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...checkpoints.load import load_semantic_compressor, load_stage_a, load_stage_b, load_stage_c, load_text_encoder
+from ...checkpoints.sets import SET
+from ...geometry import Geometry
+from ...models.semantic_compressor import SemanticCompressor
+from ...models.stage_c import Prior, StageCConfig
+from ...models.text_encoder import TextEncoder
+from ...pipeline import Wuerstchen
+from ...util.errors import WuerstchenError
+from ..data.options import DataOptions
+from ..loop.draws import Draws
+from ..loop.task import Task
+from ..options import check_above_zero, check_shares, option
+from .conditioning import check_size, copied, drop_captions, encode_captions, semantic, text_encoder_for, weight_file
+from .initialise import initialise
+from .losses import diffusion_loss, times_of
+
+
+@dataclass(frozen=True)
+class Options:
+    text_encoder: str = option("mini", "the text encoder's file; mini: the embedded one")
+    semantic_compressor: str = option("mini", "the semantic compressor's file; mini: the embedded one")
+    init: str = option("", "a Stage C to go on from, in any layout; [network] is its own then")
+    caption_drop: float = option(0.05, "share of captions replaced by the empty one, which guidance needs")
+    noise_levels: int = option(1, "at how many noise levels a step sees each picture; they share its text's keys")
+    p2_k: float = option(1.0, "weight 1 / (k + signal-to-noise ratio): the smaller, the more the noisiest times count")
+    high_noise: float = option(
+        0.0, "share of the noise levels drawn from the noisiest alone, where the condition decides"
+    )
+    prompts: tuple[str, ...] = option((), "texts that samples are drawn of; none, no samples")
+    stage_a: str = option("mini", "for samples: Stage A's file; mini: the embedded one")
+    stage_b: str = option("mini", "for samples: Stage B's file; mini: the embedded one")
+    text_encoder_b: str = option("", "for samples: Stage B's text encoder; empty: Stage C's")
+    sample_steps: int = option(30, "for samples: steps of Stage C")
+    sample_cfg: float = option(4.0, "for samples: guidance of Stage C")
+    network: StageCConfig = option(StageCConfig(), "the network's sizes, where init is empty")
+
+    def __post_init__(self):
+        check_shares(self, "caption_drop", "high_noise")
+        if self.noise_levels < 1 or self.sample_steps < 1:
+            raise WuerstchenError("noise_levels and sample_steps must be at least 1")
+        check_above_zero(self, "p2_k")
+
+
+def build(options: Options, data: DataOptions) -> "StageCTask":
+    """Raises WuerstchenError where a file is missing or does not fit the others."""
+    check_size(data.size)
+    if options.init:
+        network = copied(load_stage_c(weight_file("init", options.init, SET["stage_c"])))
+    else:
+        network = Prior(options.network)
+        initialise(network)
+    text_file, encoder = text_encoder_for(
+        "text_encoder", options.text_encoder, network.config.text_width, "this Stage C"
+    )
+    compressor_file = weight_file("semantic_compressor", options.semantic_compressor, SET["semantic_compressor"])
+    compressor = load_semantic_compressor(compressor_file)
+    channels = compressor.config.latent_channels, network.config.latent_channels
+    if len(set(channels)) > 1:
+        raise WuerstchenError(f"semantic_compressor: its latents have {channels[0]} channels, Stage C's {channels[1]}")
+    task = StageCTask(network, encoder, compressor, options, data.size)
+    task.feature_files = (text_file, compressor_file)
+    return task
+
+
+def noise_loss(
+    network: Prior,
+    latent: Tensor,
+    text: Tensor,
+    levels: int,
+    k: float,
+    t: Tensor,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """`diffusion_loss` of latent (B, 16, p, q) given text (B, L, text_width), whose keys and values serve `levels`
+    noise levels; t (B * levels,) and noise are those of the first latent first."""
+    condition = [
+        tuple(part.repeat_interleave(levels, dim=0) for part in keys_values) for keys_values in network.condition(text)
+    ]
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return network.denoise(x, network.modulate(t, x.dtype), condition)
+
+    return diffusion_loss(predict, latent.repeat_interleave(levels, dim=0), k, t, noise)
+
+
+class StageCTask(Task):
+    """`network` learns to tell the noise in a picture's semantic latent, given its caption."""
+
+    def __init__(
+        self, network: Prior, encoder: TextEncoder, compressor: SemanticCompressor, options: Options, size: int
+    ):
+        super().__init__()
+        self.network = network
+        self.options, self.size = options, size
+        self.frozen = (encoder, compressor)
+        with torch.no_grad():
+            self.nothing = (encode_captions(encoder, [""]),)
+        self.drawers: dict = {}
+
+    def features(self, batch: dict) -> dict[str, Tensor]:
+        encoder, compressor = self.frozen[:2]
+        return {
+            "semantic": semantic(compressor, batch["image"]),
+            "text": encode_captions(encoder, batch["caption"]),
+        }
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        levels = self.options.noise_levels
+        latent, text = batch["features"]["semantic"], batch["features"]["text"]
+        text = drop_captions(text, self.nothing[0], self.options.caption_drop, draws.uniform())
+        t = times_of(draws.uniform(levels), self.options.high_noise).flatten()
+        noise = draws.normal((levels, *latent.shape[1:])).flatten(0, 1)
+        return {"noise": noise_loss(self.network, latent, text, levels, self.options.p2_k, t, noise)}
+
+    def exported(self) -> dict[str, torch.nn.Module]:
+        return {"stage_c": self.network}
+
+    def samples(self) -> Tensor | None:
+        if not self.options.prompts:
+            return None
+        model = self._model()
+        geometry = Geometry(self.size, self.size)
+        return torch.cat(
+            [
+                model.generate(
+                    prompt,
+                    width=geometry.width,
+                    height=geometry.height,
+                    seed=number,
+                    steps_c=self.options.sample_steps,
+                    cfg_c=self.options.sample_cfg,
+                )
+                for number, prompt in enumerate(self.options.prompts)
+            ]
+        )
+
+    def _model(self) -> Wuerstchen:
+        """The whole set around the network; what only samples need is loaded at the first ones."""
+        encoder, compressor = self.frozen
+        device = self.network.projection.weight.device
+        if not self.drawers:
+            options = self.options
+            stage_a = weight_file("stage_a", options.stage_a, SET["stage_a"])
+            stage_b = weight_file("stage_b", options.stage_b, SET["stage_b"])
+            self.drawers = {
+                "stage_a": load_stage_a(stage_a, device),
+                "stage_b": load_stage_b(stage_b, device),
+                "text_encoder_b": encoder
+                if not options.text_encoder_b
+                else load_text_encoder(
+                    weight_file("text_encoder_b", options.text_encoder_b, SET["text_encoder_c"]), device
+                ),
+            }
+        return Wuerstchen(stage_c=self.network, text_encoder_c=encoder, semantic_compressor=compressor, **self.drawers)
