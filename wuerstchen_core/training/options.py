@@ -207,7 +207,7 @@ def _checked(value: Any, type_: Any, where: str, default: Any = MISSING) -> Any:
         if not isinstance(value, list) or len(value) != len(type_._fields):
             raise WuerstchenError(f"{where} is {_shown(value)}: a list of {', '.join(type_._fields)} is needed")
         kinds = typing.get_type_hints(type_).values()
-        return type_(*(_checked(one, kind, where) for one, kind in zip(value, kinds)))
+        return type_(*(_checked(one, kind, where) for one, kind in zip(value, kinds, strict=True)))
     if typing.get_origin(type_) is tuple:
         if not isinstance(value, list):
             raise WuerstchenError(f'{where} is {_shown(value)}: a list is needed, such as [1, 2] or ["a", "b"]')

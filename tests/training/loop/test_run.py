@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import socket
-import time
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from tests.training.runs import (
     run_sharded,
     run_toy,
     toy_batches,
+    wait_for,
 )
 from wuerstchen_core.training.loop import run
 from wuerstchen_core.training.loop.run import Plan, train
@@ -65,13 +65,6 @@ def assert_as_never_stopped(folder, whole):
         assert all(set(ours[tag][step]) == set(values) for step, values in steps.items())
     assert_same(checkpoint(folder), checkpoint(whole))
     assert not list(folder.glob(".*"))
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_run_killed_at_any_moment_resumes_as_if_it_had_not_been(tmp_path, whole):

@@ -19,7 +19,7 @@ class Damaged(Exception):
 
 
 class Checkpoints:
-    """`checkpoint.pt` and `checkpoint-before.pt` in a run's folder. Only the process that holds its lock changes them."""
+    """`checkpoint.pt` and `checkpoint-before.pt` in a run's folder; only the lock's holder changes them."""
 
     def __init__(self, folder: Path):
         self.last = folder / "checkpoint.pt"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,11 @@ class Plan:
     accumulate: int = option(1, "batches per step (gradient accumulation)")
     ema_every: int = option(100, "steps between two updates of the average of the weights (EMA)")
     ema_decay: float = option(0.9, "EMA decay; at update n at most n / (10 + n)")
-    save_every: int = option(
-        1000, "steps between two checkpoints; each comes with the averaged weights as loadable files"
-    )
+    save_every: int = option(1000, "steps between two checkpoints, each with the averaged weights as loadable files")
     sample_every: int = option(1000, "steps between two grids of samples; 0: none")
     log_every: int = option(10, "steps between two entries in tensorboard's logs")
     mixed_precision: str = option("", "no, fp16 or bf16; empty: as `accelerate launch` says, otherwise no")
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass: less memory, a third slower"
-    )
+    gradient_checkpointing: bool = option(False, "recompute activations for the gradient: less memory, a third slower")
     dtype: str = option("float32", "precision of the weights in the loadable files: float32, float16 or bfloat16")
     seed: int = option(0, "seed of the initial weights, the order of the data and everything else that is random")
 
@@ -174,11 +171,11 @@ def _train(state: RunState, batches: Batches, cache: FeatureCache | None) -> Non
             if done % plan.save_every == 0 or done == plan.steps or stop:
                 state.save(done, dtype, monitor)
             if plan.sample_every and not stop and (done % plan.sample_every == 0 or done == plan.steps):
-                shown = state.shown(done)
-                together(accelerator, lambda: monitor.samples(done, shown))
+                together(accelerator, partial(monitor.samples, done, state.shown(done)))
             if stop and done < plan.steps:
                 raise KeyboardInterrupt(
-                    f"stopped after step {done}, which {state.checkpoints.last} has: the same command goes on from there"
+                    f"stopped after step {done}, which {state.checkpoints.last} has: the same command goes on from "
+                    "there"
                 )
     accelerator.print(f"{folder}: done; it has {', '.join(path.name for path in state.exported)}")
 
@@ -188,8 +185,8 @@ def _explained(error: Exception, state: RunState) -> WuerstchenError | None:
     told = str(error)
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in told:
         return WuerstchenError(
-            f"out of memory ({short(error)}): try a smaller --batch with more --accumulate, or --gradient-checkpointing "
-            f"true; {state.remains()}"
+            f"out of memory ({short(error)}): try a smaller --batch with more --accumulate, or "
+            f"--gradient-checkpointing true; {state.remains()}"
         )
     if state.accelerator.num_processes > 1:
         if isinstance(error, dist.DistError) or any(name in told for name in ("gloo", "NCCL", "ncclInternal")):
@@ -230,7 +227,7 @@ class _Learner:
         seen = torch.stack([*sums.values(), norm.to(accelerator.device).float()])
         seen = torch.cat([seen, seen.new_tensor([float(interrupts.asked)])])
         *values, norm, stop = accelerator.reduce(seen, "mean").tolist()
-        losses = dict(zip(sums, values))
+        losses = dict(zip(sums, values, strict=True))
         self._check(step, losses, norm)
         try:
             self.optimizer.step()

@@ -225,8 +225,8 @@ class RunState:
                 raise Damaged(f"it lacks {key!r}")
         if state["task"] != self.name:
             raise WuerstchenError(
-                f"{self.checkpoints.last}: the checkpoint of a {state['task'][:80]}, not of a {self.name}: train in another "
-                "folder"
+                f"{self.checkpoints.last}: the checkpoint of a {state['task'][:80]}, not of a {self.name}: train in "
+                "another folder"
             )
         learned = self.task.learned()
         for name, here, there in _differing(learned, state["weights"]):
