@@ -63,7 +63,7 @@ def test_shards_are_told_apart_by_names_and_sizes_and_their_workers_count(tmp_pa
         (
             {"batch": 4, "processes": 2},
             {"batch": 8, "processes": 1},
-            ["batch (4, now 8)", "processes (2, now 1)", SAME],
+            ["batch (4, now 8)", SAME],
         ),
         ({"batch": 4, "processes": 2}, {"batch": 4, "processes": 1}, ["processes (2, now 1)", OTHERS]),
         ({"batch": 4, "processes": 1}, {"batch": 2, "processes": 1}, ["batch (4, now 2)", OTHERS]),
