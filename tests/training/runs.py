@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from collections import defaultdict
 from multiprocessing import get_context
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.util import tensor_util
 from torch import nn
 
+import wuerstchen_core as w
 from wuerstchen_core.training.loop import run
 from wuerstchen_core.training.loop.run import Plan, train
 from wuerstchen_core.training.loop.task import Task
@@ -102,13 +104,32 @@ def fill_disk(folder):
         Path(folder, "told").write_text(f"{type(error).__name__}: {error}")
 
 
+def join_two(rank, port):
+    """This process becomes one of two on the CPU, as `accelerate launch` would make it."""
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_stages(rank, port, stages):
+    """Some stages' runs, one after the other, as one of two processes; `stages` are stage -> options."""
+    join_two(rank, port)
+    for stage, options in stages.items():
+        w.train(stage, **options)
+    torch.distributed.destroy_process_group()
+
+
 def run_sharded(folder, rank, port, steps):
     """The toy's run as one of two processes that share its weights, on the CPU, where accelerate shards nothing by
     itself."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    join_two(rank, port)
     made = run._accelerator
 
     def sharding(plan, task):

@@ -20,6 +20,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place_and_its_folder_after(tm
         sync(descriptor)
 
     def replaced(source, target):
+        assert path.exists()
         done.append(("replace", os.path.basename(target)))
         replace(source, target)
 
@@ -33,6 +34,18 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place_and_its_folder_after(tm
     with replacing(path, sync=False) as partial:
         partial.write_text("newer")
     assert done == [("replace", "a.pt")] and sorted(os.listdir(tmp_path)) == ["a-before.pt", "a.pt"]
+
+
+def test_a_disk_without_hard_links_keeps_the_file_too(tmp_path, monkeypatch):
+    def link(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    (tmp_path / "a.pt").write_text("old")
+    with replacing(tmp_path / "a.pt", keep=tmp_path / "before.pt") as partial:
+        partial.write_text("new")
+    assert ((tmp_path / "a.pt").read_text(), (tmp_path / "before.pt").read_text()) == ("new", "old")
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_an_error_leaves_what_was_there_and_names_the_file(tmp_path):

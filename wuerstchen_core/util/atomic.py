@@ -14,7 +14,7 @@ def replacing(path: str | Path, keep: str | Path | None = None, sync: bool = Tru
     permissions that the umask gives. A process that is killed leaves that folder: see `remove_partials`.
 
     Args:
-        keep: where the file that was at `path` goes; without, it is deleted.
+        keep: where the file that was at `path` goes; without, it is deleted. There is one at `path` all the time.
         sync: whether the file is on the disk before it takes its place, so that a power cut leaves one or the other.
 
     Raises:
@@ -36,7 +36,7 @@ def replacing(path: str | Path, keep: str | Path | None = None, sync: bool = Tru
             _sync(partial)
         partial.chmod(mode)
         if keep is not None and path.exists():
-            os.replace(path, keep)
+            _keep(path, keep, folder / "kept")
         os.replace(partial, path)
         if sync and os.name != "nt":  # Windows opens no folders
             with suppress(OSError):  # some network disks can't, and the file is written
@@ -56,6 +56,15 @@ def remove_partials(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+def _keep(path: Path, keep: str | Path, link: Path) -> None:
+    """The file at `path` is at `keep` too; on a disk without hard links, it is there alone."""
+    try:
+        os.link(path, link)
+    except OSError:
+        link = path
+    os.replace(link, keep)
 
 
 def _sync(path: Path) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import signal
-import socket
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from tests.training.runs import (
     PLAN,
     Toy,
     fill_disk,
+    free_port,
     hang_in_a_step,
     hang_while_saving,
     logged,
@@ -293,9 +293,7 @@ def test_two_processes_that_share_the_weights_learn_as_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train(Toy(plain=True), dataclasses.replace(PLAN, steps=16), one, toy_batches(4))
     for steps in (9, 12):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         ranks = [process(run_sharded, two, rank, port, steps) for rank in range(2)]
         for rank in ranks:
             rank.join(timeout=120)
