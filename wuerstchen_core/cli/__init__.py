@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"wuerstchen: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"wuerstchen: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"wuerstchen: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     return 0
 

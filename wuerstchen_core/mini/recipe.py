@@ -147,7 +147,8 @@ def train(network: nn.Module, loss: Callable[[random.Random], Tensor], plan: Pla
     """
     recipe = Recipe(network, loss)
     run.train(recipe, plan, folder, lambda first, rank, world: repeat({"key": [""] * plan.batch}))
-    recipe.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["averaged"], strict=False)
+    kept = "averaged" if plan.steps >= plan.ema_every else "weights"  # there was no average yet
+    recipe.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)[kept], strict=False)
     recipe.eval()
 
 

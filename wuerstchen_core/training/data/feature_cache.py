@@ -56,7 +56,7 @@ class FeatureCache:
             path = self._path(address)
             try:
                 path.parent.mkdir(exist_ok=True)
-                with replacing(path) as partial:
+                with replacing(path, sync=False) as partial:  # a damaged file is found by its checksum
                     save_file(own, partial, metadata={CHECKSUM: _checksum(own)})
             except (OSError, SafetensorError) as error:
                 raise WuerstchenError(f"{path}: features could not be written ({error})") from error
