@@ -64,9 +64,10 @@ STAGE_B = StageBConfig(
     blocks=(1, 2, 2, 1),
     condition_width=96,
     text_width=192,
+    dropout=0.0,
     latent_space=LATENT_SPACE,
 )
-STAGE_C = StageCConfig(width=256, depth=4, heads=4, text_width=192)
+STAGE_C = StageCConfig(width=256, depth=4, heads=4, text_width=192, dropout=0.0)
 PREVIEWER = PreviewerConfig(widths=(64, 48, 32, 24))
 
 

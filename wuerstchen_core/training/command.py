@@ -32,14 +32,17 @@ def run(stage: str, arguments: list[str]) -> None:
     Raises:
         WuerstchenError: an option is unknown or out of its range, or what `run.train` raises.
     """
-    from .data.options import DataOptions
+    from .data.options import DataOptions, check_no_commands
     from .loop.run import Plan
 
     module = importlib.import_module(f".stages.{STAGES[stage][0]}", __package__)
     classes = (RunOptions, DataOptions, Plan, module.Options)
     config, given = _parsed(stage, classes, arguments)
     path = _config_file(config, STAGES[stage][0])
-    run_options, data, plan, options = read_all(classes, override(classes, load(path), given), str(path))
+    table = load(path)
+    if "data" not in given:
+        check_no_commands(table, str(path))
+    run_options, data, plan, options = read_all(classes, override(classes, table, given), str(path))
     _train(module, run_options, data, plan, options)
 
 
@@ -55,10 +58,11 @@ def _train(module, run_options: RunOptions, data, plan, options) -> None:
     if data.cache:
         if not task.feature_files:
             raise WuerstchenError("cache: with these options no network is frozen, so there is nothing to keep")
-        cache = FeatureCache(data.cache, f"{type(task).__name__} {fingerprint(*task.feature_files)}")
+        key = f"{type(task).__name__} {task.feature_key} {fingerprint(*task.feature_files)}"
+        cache = FeatureCache(data.cache, key)
 
     def batches(first: int, rank: int, world: int):
-        return data.open(plan.seed, first, rank, world, cache)
+        return data.open(plan.seed, first, rank, world, cache, task.reads_captions)
 
     train(task, plan, run_options.folder, batches, cache)
 
