@@ -192,7 +192,7 @@ class EmojiSet:
         if coloured:
             background = generator.choice(list(COLOURS))
             jitter = [generator.uniform(-COLOUR_JITTER, COLOUR_JITTER) for _ in range(3)]
-            colour = tuple(min(max(c + j, 0.0), 1.0) for c, j in zip(COLOURS[background], jitter))
+            colour = tuple(min(max(c + j, 0.0), 1.0) for c, j in zip(COLOURS[background], jitter, strict=True))
         if resized:
             size = generator.choice(list(SIZES))
             scale = generator.uniform(*SIZES[size])
@@ -220,7 +220,10 @@ def build(folder: str | Path, size: int = 256, progress: Callable[[int, int], No
     try:
         import resvg_py  # noqa: F401
     except ImportError as error:
-        raise WuerstchenError("drawing emoji needs resvg_py: pip install resvg-py") from error
+        reason = " ".join(str(error).split())[:200]
+        raise WuerstchenError(
+            f"drawing emoji needs resvg_py, which could not be imported ({reason}): pip install resvg-py"
+        ) from error
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:

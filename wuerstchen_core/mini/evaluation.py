@@ -46,11 +46,11 @@ def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int) -> Iterator[str]:
 
     def nearest(prompted: list[int], captions: list[str], name: str) -> list[bool]:
         images = _draw(model, captions, emoji.size, name)
-        return [_is_nearest(image, i, emoji, references) for i, image in zip(prompted, images)]
+        return [_is_nearest(image, i, emoji, references) for i, image in zip(prompted, images, strict=True)]
 
     hits = nearest(prompted, names, "text to picture")
     for style in dict.fromkeys(emoji.entries[i]["style"] for i in prompted):
-        own = [hit for i, hit in zip(prompted, hits) if emoji.entries[i]["style"] == style]
+        own = [hit for i, hit in zip(prompted, hits, strict=True) if emoji.entries[i]["style"] == style]
         yield f"text to picture, {style}: {sum(own)} of {len(own)} nearest to the prompted emoji"
     yield f"text to picture: top-1 {sum(hits) / count:.1%} of {count} prompts"
 
@@ -61,9 +61,9 @@ def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int) -> Iterator[str]:
     yield f"keywords to picture: top-1 {sum(hits) / len(hits):.1%} of {len(hits)} prompts"
 
     colours = [generator.choice(list(COLOURS)) for _ in names]
-    coloured = [f"{name}, on {with_article(colour)} background" for name, colour in zip(names, colours)]
+    coloured = [f"{name}, on {with_article(colour)} background" for name, colour in zip(names, colours, strict=True)]
     seen = [_background(image) for image in _draw(model, coloured, emoji.size, "backgrounds")]
-    hits = [there == asked for there, asked in zip(seen, colours)]
+    hits = [there == asked for there, asked in zip(seen, colours, strict=True)]
     yield f"background: {sum(hits) / count:.1%} of {count} pictures are on the colour that was asked for"
 
 

@@ -117,6 +117,7 @@ CAPTIONS = (0,) * 3 + (1, 2, 3, 4)  # which of an emoji's pictures the captions 
 REHEARSED = (0,) * 40 + (1, 2, 3, 4) * 8  # the same of the captions that are learned by heart
 FITTED = 2000  # pictures that the linear previewer is fitted to
 HIGH_NOISE, P2_K = 0.6, 0.03  # Stages B and C learn most at high noise: its share of the times, P2 weighting's k
+LARGEST_ERROR = 20.0  # of a sample in Stages B and C: with errors beyond it one would undo what many have taught
 REPEATS = 2  # Stage C sees each caption of a batch at this many noise levels
 
 
@@ -216,7 +217,7 @@ class PictureDecoder(nn.Module):
     def __init__(self, patches: "PatchComponents", widths: tuple[int, ...] = (256, 128, 64)):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(16, widths[0], 1)]
-        for width, narrower in zip(widths, (*widths[1:], None)):
+        for width, narrower in zip(widths, (*widths[1:], None), strict=True):
             layers.append(ResBlock(width))
             if narrower:
                 layers += [LayerNorm2d(), nn.ConvTranspose2d(width, narrower, 2, stride=2)]
@@ -595,7 +596,9 @@ def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         if generator.random() < 0.5:
             text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
         t = training_times(len(drawn), HIGH_NOISE)
-        return diffusion_loss(lambda x, t: stage_b(x, t, semantic, text), _stack(seen.stage_a, drawn), P2_K, t)
+        return diffusion_loss(
+            lambda x, t: stage_b(x, t, semantic, text), _stack(seen.stage_a, drawn), P2_K, t, None, LARGEST_ERROR
+        )
 
     train(stage_b, loss, plan, work / "stage_b")
     save(stage_b, work / "stage_b.safetensors", torch.float16)
@@ -613,7 +616,7 @@ def train_stage_c(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         drawn = seen.draw(plan.batch, generator, plain=PLAIN)
         text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
         t = training_times(len(drawn) * REPEATS, HIGH_NOISE)
-        return noise_loss(stage_c, _stack(seen.semantic, drawn), text, REPEATS, P2_K, t)
+        return noise_loss(stage_c, _stack(seen.semantic, drawn), text, REPEATS, P2_K, t, None, LARGEST_ERROR)
 
     train(stage_c, loss, plan, work / "stage_c")
     save(stage_c, work / "stage_c.safetensors", torch.float16)
