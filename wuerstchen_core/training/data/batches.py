@@ -283,17 +283,7 @@ def _bucket(source: Source, sizes: Sequence[Size], i: int) -> Size:
 def _delivered(loader: DataLoader, missing: Tally | None) -> Iterator[dict]:
     """The batches, with warnings of bad samples and, if they are to be counted, of missing captions."""
     named: set[str] = set()
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except RuntimeError as error:
-            if not loader.num_workers:
-                raise
-            raise WuerstchenError(
-                f"a process that loads pictures has ended ({readable(error, 200)}): a smaller --size or fewer "
-                "--workers need less memory"
-            ) from error
+    for batch in loader:
         if isinstance(batch, WuerstchenError):
             break
         for message in batch.pop("messages"):
@@ -311,7 +301,6 @@ def _delivered(loader: DataLoader, missing: Tally | None) -> Iterator[dict]:
                     readable(bare[0]),
                 )
         yield batch
-    del batches
     raise batch  # here, where the loader's processes have ended: without an error there is no end
 
 

@@ -33,7 +33,7 @@ def decode(content: bytes) -> str:
 
 def decode_json(content: bytes, key: str) -> str | None:
     """The content of a JSON file -> the caption in it, or None. Raises ValueError if it is no JSON, or no text."""
-    record = json.loads(content.decode("utf-8-sig"))
+    record = _json(content)
     return of_record(record, key) if isinstance(record, dict) else None
 
 
@@ -97,7 +97,7 @@ class FolderCaptions:
             return True
         try:
             return bool(paths) and self.find(picture) is not None
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             return True
 
     def _files(self, picture: str) -> Iterator[Path]:
@@ -121,7 +121,7 @@ class FolderCaptions:
                     row = self._row(record, posixpath.dirname(metadata))
                     if row is not None:
                         yield row
-                except (ValueError, RecursionError) as error:
+                except ValueError as error:
                     faulty, first = faulty + 1, first or f"row {number}: {error}"
         except (OSError, ValueError, csv.Error) as error:
             faulty, first = faulty + 1, first or f"after {read} rows: {error}"
@@ -129,7 +129,7 @@ class FolderCaptions:
             log.warning("%s: %d rows can't be used; %s", readable(path, 150), faulty, readable(first, 150))
 
     def _row(self, record: bytes | dict, inside: str) -> tuple[str, str] | None:
-        record = json.loads(record) if isinstance(record, bytes) else record
+        record = _json(record) if isinstance(record, bytes) else record
         if not isinstance(record, dict):
             raise ValueError("it is not a JSON object")
         name = next((record[key] for key in PICTURE_KEYS if isinstance(record.get(key), str)), None)
@@ -145,11 +145,18 @@ class FolderCaptions:
         return posixpath.normpath(posixpath.join(inside, name.replace("\\", "/")))
 
 
+def _json(content: bytes) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
+
+
 def _jsonl_rows(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while line := file.readline(LARGEST):
-            if line.strip(b" \t\r\n\xef\xbb\xbf"):
-                yield line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield line
 
 
 def _csv_rows(path: Path) -> Iterator[dict]:

@@ -99,7 +99,7 @@ def add_lora(network: Prior, rank: int, alpha: float, targets: Sequence[str] = T
     if rank < 1 or alpha <= 0:
         raise WuerstchenError(f"rank is {rank} and alpha is {alpha}: rank must be at least 1, alpha above 0")
     if not targets:
-        raise WuerstchenError("targets is empty: name the modules that the LoRA changes")
+        raise WuerstchenError("there are no targets: name the modules that the LoRA changes")
     names = [name for name, _ in network.named_modules() if MODULES.fullmatch(name)]
     chosen = set()
     for target in targets:

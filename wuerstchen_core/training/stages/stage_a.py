@@ -94,7 +94,7 @@ class StageA(Task):
         With an adaptive weight "adversarial" is reported without it, since it is applied to the gradient.
         """
         if hasattr(self, "reshard"):
-            raise WuerstchenError("Stage A can't be trained with FSDP, since its codebook is written to: use DDP")
+            raise WuerstchenError("Stage A's codebook is written to, which sharded weights don't allow: use DDP, not FSDP")
         options = self.options
         pictures = _crop(batch["image"], options.crop, draws.uniform(2))
         is_quantized = draws.uniform(1, 1, 1) >= options.continuous
