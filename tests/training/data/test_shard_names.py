@@ -146,9 +146,7 @@ def test_what_is_tried_after_a_bad_batch_is_bounded_by_bytes(tmp_path, monkeypat
     write_shard(tmp_path / "x.tar", [*bad, *samples_of([99], [(64, 64)])])
     decoded = []
     decode = batches_module.ShardBatch.load
-    monkeypatch.setattr(
-        batches_module.ShardBatch, "load", lambda *arguments: decoded.append(1) or decode(*arguments)
-    )
+    monkeypatch.setattr(batches_module.ShardBatch, "load", lambda *arguments: decoded.append(1) or decode(*arguments))
     monkeypatch.setattr(batches_module, "LOOK_AHEAD_BYTES", 3 * 7000)
     monkeypatch.setattr(shards_module, "SHUFFLED", 1)
     with pytest.raises(WuerstchenError, match="not one sample can be read"):

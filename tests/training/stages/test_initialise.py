@@ -73,9 +73,7 @@ def test_stage_c_starts_as_the_released_code_does():
 def test_stage_b_starts_as_the_released_code_does():
     widths, text, condition = (32, 64, 128, 128), 96, 112
     blocks = (1, 2, 1, 1)
-    config = StageBConfig(
-        widths=widths, heads=(0, 2, 2, 2), blocks=blocks, text_width=text, condition_width=condition
-    )
+    config = StageBConfig(widths=widths, heads=(0, 2, 2, 2), blocks=blocks, text_width=text, condition_width=condition)
 
     def expected(name, parameter):
         if name.startswith(("clip_mapper", "effnet_mappers")):
@@ -119,8 +117,8 @@ def test_a_new_stage_c_predicts_the_input_itself():
 
 
 def test_the_released_dropout_is_the_default():
-    for network in (Prior(StageCConfig(width=32, depth=1, heads=2, text_width=32)),
-                    DiffNeXt(StageBConfig(widths=(16, 32, 32, 32), heads=(0, 2, 2, 2), blocks=(1, 1, 1, 1)))):  # fmt: skip
+    sizes = {"widths": (16, 32, 32, 32), "heads": (0, 2, 2, 2), "blocks": (1, 1, 1, 1)}
+    for network in (Prior(StageCConfig(width=32, depth=1, heads=2, text_width=32)), DiffNeXt(StageBConfig(**sizes))):
         rates = [module.p for module in network.modules() if isinstance(module, nn.Dropout)]
         rates += [module.dropout for module in network.modules() if isinstance(module, Attention)]
         assert len(rates) >= 2 and set(rates) == {0.1}
