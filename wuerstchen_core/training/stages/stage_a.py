@@ -49,14 +49,20 @@ class Options:
         True, "scale the adversarial loss by the ratio of the gradient norms, as VQGAN does"
     )
     discriminator_width: int = option(64, "channels of the discriminator's first layer, a multiple of 4")
-    discriminator_layers: int = option(3, "layers in which the discriminator's channels grow; with 3 a patch has 70x70 pixels")
+    discriminator_layers: int = option(
+        3, "layers in which the discriminator's channels grow; with 3 a patch has 70x70 pixels"
+    )
     perceptual_weights: str = option("", "torchvision's weights of vgg16; empty: no perceptual loss")
     lpips_weights: str = option("", "LPIPS's weights for VGG16; empty: all channels have weight 1")
     crop: int = option(256, "side of the training crops in pixels, a multiple of 4")
     continuous: float = option(0.5, "share of pictures that are decoded without quantization")
-    revive_every: int = option(100, "codebook vectors that were not used for this many steps are reset to random latents")
+    revive_every: int = option(
+        100, "codebook vectors that were not used for this many steps are reset to random latents"
+    )
     init: str = option("", "a Stage A to start from, in any layout; [network] is then taken from it")
-    measure_scale: bool = option(True, "measure scale_factor at export, so that latents have unit variance; false: keep the network's")
+    measure_scale: bool = option(
+        True, "measure scale_factor at export, so that latents have unit variance; false: keep the network's"
+    )
     network: StageAConfig = option(StageAConfig(), "the network's sizes, if init is empty")
 
     def __post_init__(self):
@@ -94,7 +100,9 @@ class StageA(Task):
         With an adaptive weight "adversarial" is reported without it, since it is applied to the gradient.
         """
         if hasattr(self, "reshard"):
-            raise WuerstchenError("Stage A's codebook is written to, which sharded weights don't allow: use DDP, not FSDP")
+            raise WuerstchenError(
+                "Stage A's codebook is written to, which sharded weights don't allow: use DDP, not FSDP"
+            )
         options = self.options
         pictures = _crop(batch["image"], options.crop, draws.uniform(2))
         is_quantized = draws.uniform(1, 1, 1) >= options.continuous
