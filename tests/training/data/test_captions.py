@@ -163,7 +163,7 @@ def test_captions_that_do_not_follow_their_pictures_find_them(tmp_path, order):
 
 def test_pictures_wait_for_captions_in_bounded_memory(tmp_path, monkeypatch, caplog):
     pictures = [(f"{number}.png", encoded(picture(number))) for number in range(9)]
-    monkeypatch.setattr(shards_module, "PENDING_BYTES", sum(len(content) for _, content in pictures[:4]))
+    monkeypatch.setattr(shards_module, "PENDING_BYTES", sum(len(content) + 512 for _, content in pictures[:4]))
     path = write_shard(tmp_path / "x.tar", [*pictures, ("8.txt", b"the last"), ("0.txt", b"too late")])
     seen = {batch["key"][0][-1]: batch["caption"][0] for batch in take(9, path, 64, 1)}
     assert seen == {**{str(number): "" for number in range(8)}, "8": "the last"}
@@ -194,3 +194,13 @@ def test_missing_captions_of_shards_are_counted_as_they_come_and_none_at_all_is_
     write_shard(tmp_path / "2.tar", [("a.png", PNG), ("a.txt", b" \n")])
     with pytest.raises(WuerstchenError, match="none of the first 1 pictures"):
         open_batches(tmp_path / "2.tar", 64, 1, captions="required")
+
+
+def test_a_samples_other_files_are_not_read_and_names_are_cut_at_their_first_dot(tmp_path, caplog):
+    other = [(f"\u0130.{number}.txt", b"x" * 1000) for number in range(50)]
+    files = [("\u0130.png", PNG), *other, ("\u0130.seg.png", b"mask"), ("\u0130.Txt", b"a cat"), ("b_1.5.png", PNG)]
+    path = write_shard(tmp_path / "x.tar", files)
+    (sample, broken) = shards_module._tar_samples(str(path))
+    assert sample.keys() == {"__key__", "__url__", "png", "txt"} and sample["__key__"] == "\u0130"
+    assert {batch["caption"][0] for batch in take(3, path, 64, 1)} == {"a cat"}
+    assert "x.tar/b_1: there is no picture in it" in caplog.text

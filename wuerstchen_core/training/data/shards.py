@@ -47,7 +47,9 @@ ATTRIBUTES = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
+HEADER_BYTES = 512  # that each sample has in a tar file at least
 CAPTION_SUFFIXES = (*captions.TEXT_SUFFIXES, captions.JSON_SUFFIX)
+READ = {f"{picture}{caption}"[1:] for picture in ("", *SUFFIXES) for caption in ("", *CAPTION_SUFFIXES)} - {""}
 
 RawSample = dict[str, Any]  # suffix -> bytes, and "__key__", "__url__"; "__error__" if one of its files can't be used
 
@@ -185,7 +187,7 @@ class Shards:
 
 
 def is_shard(url: str) -> bool:
-    """Whether this names a shard: a url (a drive, `C:`, is none) or a tar file."""
+    """Whether this names a shard: a url (`C:` is a drive, not a scheme) or a tar file."""
     return bool(_scheme(url) or re.search(r"\.(tar|tgz|tar\.\w+)$", url, re.IGNORECASE))
 
 
@@ -279,15 +281,15 @@ def _grouped(stream: "_Watched", url: str) -> Iterator[RawSample | Exception]:
                 if not (member.isreg() and _is_data(member.name)):
                     continue
                 folder, slash, name = member.name.rpartition("/")
-                stem, _, suffix = name.lower().partition(".")
-                key = folder + slash + name[: len(stem)]
+                stem, _, suffix = name.partition(".")
+                key, suffix = folder + slash + stem, suffix.lower()
                 if key != sample.get("__key__"):
                     if sample:
                         yield sample
                     sample = {"__key__": key, "__url__": url}
-                if suffix in sample:
+                largest = LARGEST_PICTURE if f".{suffix}" in SUFFIXES else captions.LARGEST
+                if suffix in sample or suffix not in READ:
                     continue
-                largest = LARGEST_PICTURE if name.lower().endswith(SUFFIXES) else captions.LARGEST
                 if member.size > largest:
                     sample["__error__"] = f".{suffix} has {member.size} bytes, more than {largest}"
                 else:
@@ -423,7 +425,7 @@ def _has_caption(raw: RawSample) -> bool:
 
 
 def _bytes(raw: RawSample) -> int:
-    return sum(len(content) for content in raw.values() if isinstance(content, bytes))
+    return HEADER_BYTES + sum(len(content) for content in raw.values() if isinstance(content, bytes))
 
 
 def _first(skipped: list[str]) -> str:
