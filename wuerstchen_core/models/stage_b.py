@@ -26,7 +26,7 @@ class StageBConfig:
     condition_width: int = 1024
     text_width: int = 1024
     time_width: int = 64
-    dropout: float = 0.0
+    dropout: float = 0.1  # in training mode only
     latent_space: LatentSpace = field(default_factory=LatentSpace)  # of the Stage C it works with
 
 
@@ -59,7 +59,7 @@ class DiffNeXt(nn.Module):
                 yield ResBlock(width, skip if i == 0 else 0, semantic, config.dropout, operations)
                 yield TimestepBlock(width, config.time_width, operations)
                 if heads:
-                    yield AttnBlock(width, config.condition_width, heads, operations)
+                    yield AttnBlock(width, config.condition_width, heads, config.dropout, operations)
 
         self.clip_mapper = operations.Linear(config.text_width, config.condition_width)
         self.effnet_mappers = nn.ModuleList(

@@ -96,11 +96,16 @@ def _classes(stage: str) -> tuple[type, ...]:
 
 def _options(stage: str, config: str | Path | None, given: dict[str, Any]) -> tuple[tuple, str, dict[str, Any]]:
     """The classes of a stage's options, where the options are from, and all that are given."""
+    from .data.options import check_no_commands
+
     classes = _classes(stage)
     if config is None:
         return classes, stage, merge({}, given)
     path = _config_file(str(config), STAGES[stage][0])
-    return classes, str(path), merge(load(str(path)), given)
+    table = load(str(path))
+    if "data" not in given:
+        check_no_commands(table, str(path))
+    return classes, str(path), merge(table, given)
 
 
 def _train(module, run_options: RunOptions, data, plan, options) -> None:
@@ -116,10 +121,11 @@ def _train(module, run_options: RunOptions, data, plan, options) -> None:
     if data.cache:
         if not task.feature_files:
             raise WuerstchenError("cache: with these options no network is frozen, so there is nothing to keep")
-        cache = FeatureCache(data.cache, f"{type(task).__name__} {fingerprint(*task.feature_files)}")
+        key = f"{type(task).__name__} {task.feature_key} {fingerprint(*task.feature_files)}"
+        cache = FeatureCache(data.cache, key)
 
     def batches(first: int, rank: int, world: int):
-        return data.open(plan.seed, first, rank, world, cache)
+        return data.open(plan.seed, first, rank, world, cache, task.reads_captions)
 
     learn(task, plan, run_options.folder, batches, cache, lambda: record.facts(data))
 
