@@ -10,7 +10,7 @@ from ..util.checks import shown
 from ..util.errors import WuerstchenError
 from .prompt import parse_emphasis
 
-LONGEST_WORD = 2000  # letters; a longer one is read in parts, since byte-pair encoding takes quadratic time
+LONGEST_WORD = 500  # letters; a longer one is read in parts, since byte-pair encoding takes quadratic time
 # CLIP's words. `<start_of_text>` and `<end_of_text>` are not among them: who types them means the letters.
 WORD = rf"""'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}{{1,{LONGEST_WORD}}}|\p{{N}}|[^\s\p{{L}}\p{{N}}]{{1,{LONGEST_WORD}}}"""
 MAX_WEIGHT = 1000.0

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .checks import shown
@@ -38,6 +38,9 @@ def read_picture(path: str | Path) -> Tensor:
         return decode(path)
     except FileNotFoundError as error:
         raise WuerstchenError(f"{path}: there is no such file") from error
+    except UnidentifiedImageError as error:
+        formats = ", ".join(FORMATS)
+        raise WuerstchenError(f"{path}: not a picture that can be read (in none of the formats {formats})") from error
     except Exception as error:  # of a damaged file Pillow raises nearly anything
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise WuerstchenError(f"{path}: not a picture that can be read ({reason})") from error
