@@ -52,7 +52,7 @@ class WuerstchenLoadModel(io.ComfyNode):
         return io.NodeOutput(
             networks["text_encoder_c"],
             networks["stage_c"],
-            networks["text_encoder_b"],
+            networks.get("text_encoder_b"),
             networks["stage_b"],
             networks["stage_a"],
             networks["semantic_compressor"],

@@ -45,7 +45,7 @@ class Model:
 
 
 def load_set(name: str) -> dict[str, Model]:
-    """The networks of a set, by the names that `SET` has for them; a previewer only if it has one.
+    """The networks of a set, by the names that `SET` has for them; what is optional there only if it has one.
 
     Raises WuerstchenError.
     """
@@ -59,8 +59,10 @@ def load_set(name: str) -> dict[str, Model]:
         "text_encoder_c": _text_encoder(paths["text_encoder_c"]),
         **{kind: LOADERS[kind](paths[kind]) for kind in ("stage_a", "stage_b", "stage_c", "semantic_compressor")},
     }
-    shared = paths["text_encoder_b"] == paths["text_encoder_c"]
-    networks["text_encoder_b"] = networks["text_encoder_c"] if shared else _text_encoder(paths["text_encoder_b"])
+    if paths.get("text_encoder_b") == paths["text_encoder_c"]:
+        networks["text_encoder_b"] = networks["text_encoder_c"]
+    elif "text_encoder_b" in paths:
+        networks["text_encoder_b"] = _text_encoder(paths["text_encoder_b"])
     if "previewer" in paths:
         networks["previewer"] = _previewer(paths["previewer"])
     return networks

@@ -66,6 +66,7 @@ STAGE_B = StageBConfig(
     text_width=192,
     dropout=0.0,
     latent_space=LATENT_SPACE,
+    text_absent=True,
 )
 STAGE_C = StageCConfig(width=256, depth=4, heads=4, text_width=192, dropout=0.0)
 PREVIEWER = PreviewerConfig(widths=(64, 48, 32, 24))

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from typing import Any, NamedTuple
 
-from ..util.errors import WuerstchenError, short
+from ..util.errors import WuerstchenError, first_line
 
 NEEDED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 PLACEHOLDERS = {bool: True, int: 1, float: 1.0, str: "x"}
@@ -163,7 +163,7 @@ def load(path: str) -> dict[str, Any]:
     except OSError as error:
         raise WuerstchenError(f"{path}: the configuration can't be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise WuerstchenError(f"{path}: this is no TOML: {short(error)}") from error
+        raise WuerstchenError(f"{path}: this is no TOML: {first_line(error)}") from error
 
 
 def _read(cls: type, table: Mapping[str, Any], where: str, base: Any = None) -> Any:
@@ -263,6 +263,6 @@ def _toml():
             import tomli as tomllib
         except ImportError as error:
             raise WuerstchenError(
-                f"options need tomli, which can't be imported ({short(error)}): pip install tomli"
+                f"options need tomli, which can't be imported ({first_line(error)}): pip install tomli"
             ) from error
     return tomllib

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ...util.atomic import replacing
-from ...util.errors import WuerstchenError, short
+from ...util.errors import WuerstchenError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Checkpoints:
             _whole(self.last, check)
             return
         except Damaged as damage:
-            reason = short(damage)
+            reason = first_line(damage)
         step = self.retreat(check)
         if step is None:
             raise WuerstchenError(
@@ -105,7 +105,7 @@ def _verify(path: Path) -> None:
     except Damaged:
         raise
     except Exception as error:  # a damaged file raises nearly anything
-        raise Damaged(short(error)) from error
+        raise Damaged(first_line(error)) from error
     if wrong is not None:
         raise Damaged(f"the checksum of {wrong} in it is wrong")
 
@@ -114,7 +114,7 @@ def _read(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise Damaged(short(error)) from error
+        raise Damaged(first_line(error)) from error
 
 
 def _ask_why(partial: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...util.errors import WuerstchenError, short
+from ...util.errors import WuerstchenError, first_line
 from ..data.feature_cache import FeatureCache
 from ..options import check_above_zero, check_at_least, check_shares, option
 from .draws import Draws
@@ -156,7 +156,7 @@ def _train(state: RunState, batches: Batches, cache: FeatureCache | None) -> Non
                 if isinstance(error, WuerstchenError):
                     raise
                 raise WuerstchenError(
-                    f"a process that loads data has ended ({short(error)}): was there too little memory? Try fewer "
+                    f"a process that loads data has ended ({first_line(error)}): was there too little memory? Try fewer "
                     f"--workers; {state.remains()}, and the same command goes on from there"
                 ) from error
             interrupts.defer_loaders()
@@ -185,13 +185,13 @@ def _explained(error: Exception, state: RunState) -> WuerstchenError | None:
     told = str(error)
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in told:
         return WuerstchenError(
-            f"out of memory ({short(error)}): try a smaller --batch with more --accumulate, or "
+            f"out of memory ({first_line(error)}): try a smaller --batch with more --accumulate, or "
             f"--gradient-checkpointing true; {state.remains()}"
         )
     if state.accelerator.num_processes > 1:
         if isinstance(error, dist.DistError) or any(name in told for name in ("gloo", "NCCL", "ncclInternal")):
             return WuerstchenError(
-                f"another process of this run has ended, or can't be reached ({short(error)}); {state.remains()}: once "
+                f"another process of this run has ended, or can't be reached ({first_line(error)}); {state.remains()}: once "
                 "all of them have ended, the same command goes on from there"
             )
     return None
@@ -285,7 +285,7 @@ def _accelerator(plan: Plan, task: Task):
         from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError as error:
         raise WuerstchenError(
-            f"training needs accelerate, which can't be imported ({short(error)}): pip install -e '.[train]'"
+            f"training needs accelerate, which can't be imported ({first_line(error)}): pip install -e '.[train]'"
         ) from error
     try:
         accelerator = Accelerator(

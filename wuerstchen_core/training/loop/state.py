@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...util.atomic import remove_partials
-from ...util.errors import WuerstchenError, short
+from ...util.errors import WuerstchenError, first_line
 from . import record
 from .checkpoint import Checkpoints, Damaged
 from .task import Task
@@ -173,7 +173,7 @@ class RunState:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or short(error)
+            reason = getattr(error, "strerror", None) or first_line(error)
             if not self.saved:
                 kept = "there is no checkpoint yet"
             elif self.checkpoints.last.exists():
