@@ -13,8 +13,10 @@ from .mapping import sources
 
 
 def describe(path: str | Path) -> Iterator[str]:
-    """What a file holds, one line per fact: its format, then of every network its loader, configuration, size and dtype;
-    of a LoRA its modules and ranks, the width of the Stage C that it is for, and what is left out of it.
+    """What a file holds, one line per fact.
+
+    Its format, then of every network its loader, configuration, size and dtype; of a LoRA its modules and ranks, the
+    width of the Stage C that it is for, and what is left out of it.
 
     No line has control characters. Raises WuerstchenError as the loaders do; the weights of networks are not read.
     """

@@ -72,8 +72,8 @@ def load_stage_a(path: str | Path, device="cpu", dtype: torch.dtype | None = tor
     weights are its own: the file may change afterwards.
 
     Raises:
-        WuerstchenError: the file is not a whole file of this network, its weights are not all finite in `dtype`, or there
-            is not enough memory for them.
+        WuerstchenError: the file is not a whole file of this network, its weights are not all finite in `dtype`, or
+            there is not enough memory for them.
     """
     return load_network("stage_a", path, device, dtype, operations=operations)
 
@@ -127,7 +127,9 @@ def parts(archive: Archive) -> dict[str, Part]:
     return found
 
 
-def load_network(kind: str, path: str | Path, device, dtype: torch.dtype | None, **options) -> nn.Module:
+def load_network(
+    kind: str, path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, **options
+) -> nn.Module:
     archive = open_archive(path)
     part = _part(archive, kind)
     network = empty(archive, part, **options)

@@ -201,7 +201,7 @@ def _config(archive: Archive) -> dict:
 
 
 def _default_alphas(archive: Archive, config: dict, modules: Iterable[str]) -> dict[str, float]:
-    """peft's: the `alpha_pattern` that the end of a module's name matches, the first of several, or else `lora_alpha`."""
+    """peft's: that of the first `alpha_pattern` that the end of a module's name matches, or else `lora_alpha`."""
     given = config.get("alpha_pattern") or {}
     try:
         patterns = [(Pattern(text), _number(archive, "alpha_pattern", alpha)) for text, alpha in given.items()]
