@@ -98,7 +98,7 @@ PROBES = {
 )
 def test_another_models_file_is_named(tmp_path, kind, probe, says):
     path = write({name: torch.ones(4, 4) for name in PROBES[probe]}, tmp_path / "other.safetensors")
-    with pytest.raises(w.WuerstchenError, match=f"other.safetensors: this is .*{says}.*; here goes a {kind} file"):
+    with pytest.raises(w.WuerstchenError, match=f"other.safetensors: this is .*{says}.*; expected a {kind} file"):
         LOADERS[kind](path)
 
 

@@ -92,7 +92,7 @@ def test_a_lora_of_another_stage_c_is_named_by_its_first_module_and_changes_noth
 
 def test_a_lora_in_the_place_of_a_network_is_sent_to_its_loader(tmp_path):
     save_file(pair(), tmp_path / "style.safetensors")
-    with pytest.raises(w.WuerstchenError, match="this is a LoRA.*load_lora.*here goes a stage_c"):
+    with pytest.raises(w.WuerstchenError, match="this is a LoRA.*load_lora.*expected a stage_c"):
         w.load_stage_c(tmp_path / "style.safetensors")
 
 

@@ -1,8 +1,8 @@
 """peft's patterns for module names, matched without a regular expression.
 
 They come from files of strangers, and one can be written that takes for ever. What is understood: letters, digits, `_`,
-`-`; `.` for any letter; escaped punctuation (`\\.`) and `\\d`; each of them with `*`, `+` or `?` behind it; `^` and `$` at
-the ends; and several alternatives with `|`.
+`-`; `.` for any letter; escaped punctuation (`\\.`) and `\\d`; each of them with `*`, `+` or `?` behind it; `^` and `$`
+at the ends; and several alternatives with `|`.
 """
 
 import re
