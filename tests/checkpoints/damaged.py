@@ -10,57 +10,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save, save_file
-from torch import nn
 
 import wuerstchen_core as w
-from wuerstchen_core.models.previewer import Previewer, PreviewerConfig
-from wuerstchen_core.models.semantic_compressor import BackboneStage, SemanticCompressor, SemanticCompressorConfig
-from wuerstchen_core.models.stage_a import VQGAN, StageAConfig
-from wuerstchen_core.models.stage_b import DiffNeXt, StageBConfig
-from wuerstchen_core.models.stage_c import Prior, StageCConfig
-from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
+from tests.checkpoints.small import LORA, networks
 
 NUMBERS = (0, -1, 1, 3, 2**20, 10**9, 2**31, 2**63, 2**64, 10**400, -(2**63), 1.5, float("nan"), float("inf"), 1e308)
 VALUES = (*NUMBERS, None, True, "16", "", [], {}, [1], [[]], {"a": 1}, "x" * 10**5, [32] * 10**5)
-LORA = "lora"
-
-
-def networks() -> dict[str, nn.Module]:
-    """One of every kind, as small as they get."""
-    torch.manual_seed(0)
-    stages = tuple(BackboneStage(True, 1, 2, 8, 1) for _ in range(4))
-    levels = {"widths": (16, 32), "heads": (0, 2), "blocks": (1, 1), "semantic": (False, True)}
-    return {
-        "stage_a": VQGAN(StageAConfig(widths=(8, 16), bottleneck_blocks=1, codebook_size=16)),
-        "stage_b": DiffNeXt(StageBConfig(**levels, condition_width=24, text_width=32)),
-        "stage_c": Prior(StageCConfig(width=64, depth=2, heads=1, text_width=32)),
-        "semantic_compressor": SemanticCompressor(SemanticCompressorConfig(stem=8, stages=stages, features=16)),
-        "previewer": Previewer(PreviewerConfig(widths=(16, 16, 8, 8))),
-        "text_encoder": TextEncoder(TextEncoderConfig(width=32, layers=1, heads=2)),
-    }
-
-
-def use(kind: str, network) -> None:
-    """What a network is loaded for."""
-    if kind == LORA:
-        with w.apply_loras(Prior(StageCConfig(width=64, depth=2, heads=1, text_width=32)), [(network, 1.0)]):
-            return
-    config = network.config
-    draw = {
-        "stage_a": lambda: network.decode(network.encode(torch.rand(1, 3, 32, 32))),
-        "stage_b": lambda: network(
-            torch.randn(1, config.latent_channels, 32, 32), torch.tensor([0.5]),
-            torch.randn(1, config.semantic_channels, 3, 3), torch.randn(1, 4, config.text_width),
-        ),
-        "stage_c": lambda: network(
-            torch.randn(1, config.latent_channels, 4, 4), torch.tensor([0.5]), torch.randn(1, 5, config.text_width)
-        ),
-        "semantic_compressor": lambda: config.latent_space.from_features(network(torch.rand(1, 3, 64, 64))),
-        "previewer": lambda: network(torch.randn(1, config.latent_channels, 2, 2)),
-        "text_encoder": lambda: network(["a (cat:1.2)"]),
-    }  # fmt: skip
-    with torch.inference_mode():
-        draw[kind]()
 
 
 class Damage:
@@ -197,7 +152,7 @@ def header_json(it: Damage) -> None:
 def duplicate_keys(it: Damage) -> None:
     header, body = it.parts()
     name = it.draw.choice(list(header))
-    it.write(f'{{{json.dumps(name)}: {json.dumps(header[name])}, {json.dumps(header)[1:]}'.encode(), body)
+    it.write(f"{{{json.dumps(name)}: {json.dumps(header[name])}, {json.dumps(header)[1:]}".encode(), body)
 
 
 def names(it: Damage) -> None:
@@ -254,8 +209,16 @@ def pt_structures(it: Damage) -> None:
         "text", [tensor], tensor.numpy().tolist(), torch.nn.Parameter(tensor), tensor.flip(0) if tensor.dim() else tensor,
     )  # fmt: skip
     it.write_pt(
-        it.one_of(itself, laughs, deep, [weights], {1: weights}, {("a", "b"): weights}, {"a" * 10**5: weights},
-                  *[weights | {name: odd}] * 12)  # fmt: skip
+        it.one_of(
+            itself,
+            laughs,
+            deep,
+            [weights],
+            {1: weights},
+            {("a", "b"): weights},
+            {"a" * 10**5: weights},
+            *[weights | {name: odd}] * 12,
+        )  # fmt: skip
     )
 
 

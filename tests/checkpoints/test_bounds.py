@@ -46,7 +46,9 @@ def lie(path, kind, config):
 )
 def test_a_configuration_of_more_blocks_than_tensors_is_refused(tmp_path, kind, config, capsys):
     lie(tmp_path / "bomb.safetensors", kind, config)
-    with pytest.raises(w.WuerstchenError, match=r"bomb.safetensors: its configuration has \d+ blocks, .* only 1 tensor"):
+    with pytest.raises(
+        w.WuerstchenError, match=r"bomb.safetensors: its configuration has \d+ blocks, .* only 1 tensor"
+    ):
         load_network(kind, tmp_path / "bomb.safetensors")
     assert main(["inspect", str(tmp_path / "bomb.safetensors")]) == 2
 
@@ -71,12 +73,11 @@ def test_a_name_that_counts_beyond_the_tensors_is_refused(tmp_path, kind, build,
 @pytest.mark.parametrize("shape", ["p{}.blocks.0.kv_mapper.1.weight", "blocks.{}.kv_mapper.1.weight",
                                    "down_blocks.{}.0.gammas", "effnet_mappers.{}.weight", "p.{}.blocks.0.mapper.weight"])  # fmt: skip
 def test_the_time_for_names_grows_with_their_number(tmp_path, shape):
-    """8,000 took 8 s once, and four times as many 16 times as long."""
-    names = [shape.format(i) for i in range(20_000)]
+    """They took 8 s once, and four times as many 16 times as long."""
+    names = [shape.format(i) for i in range(8000)]
     (tmp_path / "many.safetensors").write_bytes(save(dict.fromkeys(names, torch.zeros(0))))
-    for kind in ("stage_b", "stage_c"):
-        with pytest.raises(w.WuerstchenError):
-            load_network(kind, tmp_path / "many.safetensors")
+    with pytest.raises(w.WuerstchenError):
+        w.load_stage_b(tmp_path / "many.safetensors")
 
 
 def test_of_several_networks_the_largest_is_still_found():

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import wuerstchen_core as w
-from tests.checkpoints.damaged import CATEGORIES, LORA, Damage, networks, use
+from tests.checkpoints.damaged import CATEGORIES, Damage
+from tests.checkpoints.small import LORA, networks, use
 from wuerstchen_core.checkpoints.load import load_network
 
 EACH, ALL = 5, 96  # of every category; 21 categories

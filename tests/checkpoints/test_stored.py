@@ -10,13 +10,17 @@ import threading
 
 import pytest
 import torch
+from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import wuerstchen_core as w
-from tests.checkpoints.published import as_published, prior
+from tests.checkpoints.published import as_published, on_paper, prior
 from wuerstchen_core.checkpoints.archive import open_archive
+from wuerstchen_core.checkpoints.layouts import part_at
 from wuerstchen_core.checkpoints.safetensors_file import save_file as our_save_file
+from wuerstchen_core.checkpoints.sets import find_set
 from wuerstchen_core.checkpoints.stored import RegularFile
 from wuerstchen_core.cli import main
 from wuerstchen_core.models.stage_c import Prior, StageCConfig
@@ -226,12 +230,6 @@ def test_eight_bit_weights_that_are_not_finite_are_named(tmp_path):
 
 
 def test_a_released_network_without_its_last_blocks_is_incomplete():
-    from tests.checkpoints.published import on_paper
-    from wuerstchen_core.checkpoints.layouts import part_at
-
-    from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     archive = on_paper(lambda: as_published(WuerstchenPrior(c=1536, c_cond=1280, depth=31, nhead=24)))
     with pytest.raises(w.WuerstchenError, match="an incomplete stage_c file: it has 31 of the 32 groups of blocks"):
         part_at(archive, "stage_c", "")
@@ -246,3 +244,16 @@ def test_a_regular_file_is_read_by_position(tmp_path):
     (tmp_path / "x").write_bytes(bytes(range(100)))
     file = RegularFile(tmp_path / "x")
     assert file.size == 100 and bytes(file.read(10, 5)) == bytes(range(10, 15)) and not file.read(3, 0)
+
+
+def test_a_set_in_a_folder_that_may_not_be_searched_is_one_line(tmp_path, monkeypatch):
+    def refuse(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("wuerstchen_core.checkpoints.stored.os.stat", refuse)
+    with pytest.raises(w.WuerstchenError, match=r"cannot be read \(Permission denied\)"):
+        find_set(tmp_path)
+    monkeypatch.undo()
+    for name in ("a\0b", "n" * 300):
+        with pytest.raises(w.WuerstchenError, match="cannot be read|not a name"):
+            find_set(tmp_path / name)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..util.errors import WuerstchenError
 from .pytorch_file import read_stream, read_zip
 from .safetensors_file import read_header
-from .stored import RegularFile, Stored, check_name, file_status, json_object
+from .stored import RegularFile, Stored, check_name, file_status, is_there, json_object
 
 MOST_TENSORS = 100_000
 LARGEST_INDEX = 32 << 20  # bytes
@@ -103,7 +103,7 @@ def open_archive(path: str | Path) -> Archive:
     shard = SHARD.fullmatch(path.name)
     if shard is not None:
         index = path.with_name(f"{shard[1]}.safetensors.index.json")
-        if not index.exists():
+        if not is_there(index):
             raise WuerstchenError(f"{path}: one part of several (sharded); {index.name}, which lists them, is missing")
         return _open_sharded(index)
     return _open_file(path)
@@ -142,13 +142,8 @@ def _inside(path: Path) -> Path:
     if not stat.S_ISDIR(file_status(path).st_mode):
         return path
     for name in FOLDER_NAMES:
-        try:
-            file_status(path / name)
-        except WuerstchenError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                continue
-            raise
-        return path / name
+        if is_there(path / name):
+            return path / name
     raise WuerstchenError(f"{path}: a folder, with none of {', '.join(FOLDER_NAMES[:2])} or the like in it")
 
 
@@ -162,7 +157,7 @@ def _open_sharded(index: Path) -> Archive:
         raise WuerstchenError(f"{index}: not a list of the parts of a model: it has no weight_map of names and files")
     tensors, stored, metadata = {}, {}, {}
     for name, count in Counter(places.values()).items():
-        if Path(name).name != name or "\\" in name:
+        if Path(name).name != name or "\\" in name or name == "..":
             raise WuerstchenError(f"{index}: it lists {name}, which is not beside it")
         part = _open_file(index.with_name(name))
         if part.format != "safetensors":

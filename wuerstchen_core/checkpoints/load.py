@@ -180,16 +180,20 @@ def _unknown(archive: Archive) -> str:
 
 def empty(archive: Archive, part: Part, **options) -> nn.Module:
     """The network of a part without memory for its weights. Raises WuerstchenError where there is no such network."""
-    count = COUNTS[part.kind](part.config)
-    if count > len(archive.tensors):
-        raise WuerstchenError(
-            f"{archive.path}: its configuration has {count} blocks, and there are only {len(archive.tensors)} tensors"
-        )
+    _check_count(archive, COUNTS[part.kind](part.config))
     try:
         with torch.device("meta"):
             return NETWORKS[part.kind][0](part.config, **options)
     except WuerstchenError as error:
         raise WuerstchenError(f"{archive.path}: there is no {part.kind} of its configuration: {error}") from error
+
+
+def _check_count(archive: Archive, count: int) -> None:
+    """Every block has tensors: no more are built than there can be."""
+    if count > len(archive.tensors):
+        raise WuerstchenError(
+            f"{archive.path}: its configuration has {count} blocks, and there are only {len(archive.tensors)} tensors"
+        )
 
 
 def shapes(network: nn.Module) -> dict[str, torch.Size]:
@@ -202,6 +206,8 @@ def _own_part(archive: Archive) -> Part:
     kind = header.get("network")
     if not isinstance(kind, str) or kind not in NETWORKS or "config" not in header:
         raise WuerstchenError(f"{where} is not as we write it")
+    values = header["config"].values() if isinstance(header["config"], dict) else ()
+    _check_count(archive, max((len(value) for value in values if isinstance(value, list)), default=0))
     try:
         config = config_from(NETWORKS[kind][1], header["config"])
     except WuerstchenError as error:

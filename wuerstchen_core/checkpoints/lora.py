@@ -13,7 +13,7 @@ from ..util.finite import is_finite
 from .archive import Archive, open_archive
 from .mapping import FLOATS
 from .peft_pattern import Pattern
-from .stored import RegularFile, json_object
+from .stored import RegularFile, is_there, json_object
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers': peft's configuration as JSON
 CONFIG_FILE = "adapter_config.json"  # peft's: the same, beside `adapter_model.safetensors`
@@ -172,7 +172,8 @@ def _half(archive: Archive, module: str, names: dict[str, str], half: str) -> Te
         raise WuerstchenError(f"{archive.path}: an incomplete LoRA, {module} has no {half} half")
     shape = archive.tensors[names[half]].shape
     kernel = 3 if half == "down" and DEPTHWISE.fullmatch(module) else 1
-    if len(shape) not in (2, 4) or 0 in shape or any(side != kernel for side in shape[2:]):
+    taps = kernel**2 if len(shape) == 2 else 1  # a 3x3 convolution's, where they are flattened already
+    if len(shape) not in (2, 4) or 0 in shape or any(side != kernel for side in shape[2:]) or shape[1] % taps:
         raise WuerstchenError(
             f"{archive.path}: damaged LoRA, a half of {module} has the shape {size_text(shape)} and is no matrix"
         )
@@ -185,7 +186,7 @@ def _config(archive: Archive) -> dict:
     text: str | bytearray
     if METADATA_KEY in archive.metadata:
         source, text = f"{archive.path}: its metadata {METADATA_KEY!r}", archive.metadata[METADATA_KEY]
-    elif archive.path.stem == "adapter_model" and beside.exists():
+    elif archive.path.stem == "adapter_model" and is_there(beside):
         file = RegularFile(beside)
         if file.size > LARGEST_CONFIG:
             raise WuerstchenError(f"{beside}: {file.size:,} bytes: not a configuration of peft")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..util.errors import WuerstchenError
+from .stored import is_there
 
 MINI = Path(__file__).parents[1] / "mini" / "weights"  # the set in the repository
 LINEAR_PREVIEW = MINI / "linear_preview.safetensors"  # a colour for each position; fitted to the mini
@@ -23,14 +24,14 @@ SET = {
 def find_set(folder: str | Path) -> dict[str, Path]:
     """The files of a folder that holds a whole set; there is no "previewer" where the folder has none.
 
-    Raises WuerstchenError naming those that are missing.
+    Raises WuerstchenError naming those that are missing, or where the folder cannot be searched.
     """
     paths = {role: Path(folder) / name for role, name in SET.items()}
-    if not paths["text_encoder_b"].exists():
+    if not is_there(paths["text_encoder_b"]):
         paths["text_encoder_b"] = paths["text_encoder_c"]
-    if not paths["previewer"].exists():
+    if not is_there(paths["previewer"]):
         del paths["previewer"]
-    missing = [path.name for path in paths.values() if not path.exists()]
+    missing = [path.name for path in paths.values() if not is_there(path)]
     if missing:
         raise WuerstchenError(f"{folder}: not a whole set of weights, {', '.join(dict.fromkeys(missing))} missing")
     return paths

@@ -68,6 +68,17 @@ def file_status(path: Path) -> os.stat_result:
         raise WuerstchenError(f"{path}: not a name that a file can have ({error})") from error
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is anything of that name. Raises WuerstchenError where that cannot be told."""
+    try:
+        file_status(path)
+    except WuerstchenError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return False
+        raise
+    return True
+
+
 def _version(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 

@@ -3,6 +3,7 @@
 import dataclasses
 import typing
 from collections.abc import Mapping
+from functools import cache
 
 from ..util.errors import WuerstchenError
 
@@ -40,7 +41,7 @@ def require(condition: bool, problem: str) -> None:
 
 
 def _check_fields(config, several: Mapping[str, int], least: int) -> None:
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():
         _check(name, getattr(config, name), hint, several, several.get(name, least))
 
 
@@ -62,6 +63,9 @@ def _check(name: str, value, hint, several: Mapping[str, int], least: int) -> No
         require(number, f"{name} is {_shown(value)}: it must be a number within ±{FARTHEST:g}")
 
 
+_hints = cache(typing.get_type_hints)
+
+
 def _is_record(hint) -> bool:
     return (
         dataclasses.is_dataclass(hint)
@@ -73,7 +77,7 @@ def _is_record(hint) -> bool:
 
 def _converted(name: str, hint, value):
     if _is_record(hint):
-        hints = typing.get_type_hints(hint)
+        hints = _hints(hint)
         if isinstance(value, list):  # of a NamedTuple
             require(len(value) <= len(hints), f"{name} has {len(value)} values: a {hint.__name__} has {len(hints)}")
             value = dict(zip(hints, value, strict=False))
