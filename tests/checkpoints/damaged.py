@@ -158,7 +158,7 @@ def duplicate_keys(it: Damage) -> None:
 def names(it: Damage) -> None:
     tensors = it.published()
     name = it.one_of(
-        "blocks.999999999.kv_mapper.1.weight", "blocks.99.kv_mapper.1.weight", "blocks." + "9" * 5000 + ".mapper.weight",
+        "blocks.999999999.kv_mapper.1.weight", "blocks.99.kv_mapper.1.weight", f"blocks.{'9' * 5000}.mapper.weight",
         "down_blocks.999999999.0.depthwise.weight", "up_blocks.0.99999999.gammas", "backbone.100000.0.block.0.0.weight",
         "encoder.layers.999999999.layer_norm1.weight", "effnet_mappers.88888888.weight", "a" * 10**5, "", ".", "..",
         "\x1b[2J\x1b]0;x\x07", "line\nline", "blocks.0.\u202egpj.exe", "p." * 1000 + "blocks.0.kv_mapper.1.weight",
@@ -206,7 +206,7 @@ def pt_structures(it: Damage) -> None:
         tensor.to_sparse() if tensor.dim() else tensor, torch.empty(tensor.shape, device="meta"), tensor.int(),
         torch.zeros(1).expand(tensor.shape), torch.zeros(10**6).as_strided(tensor.shape, [1] * tensor.dim()),
         torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8), tensor.bool(), tensor.to(torch.complex64), None,
-        "text", [tensor], tensor.numpy().tolist(), torch.nn.Parameter(tensor), tensor.flip(0) if tensor.dim() else tensor,
+        "text", [tensor], tensor.numpy().tolist(), torch.nn.Parameter(tensor),
     )  # fmt: skip
     it.write_pt(
         it.one_of(
@@ -250,8 +250,11 @@ def zips(it: Damage) -> None:
 
 def raw_pickles(it: Damage) -> None:
     content = pickle.dumps(it.one_of({"a": 1}, [1] * 10**4, "x" * 10**5, {"state_dict": {}}), it.one_of(2, 4, 5))
-    hostile = (b"\x80\x02\x8b\xff\xff\xff\x7f.", b"\x80\x04\x95" + b"\xff" * 8 + b".", b"\x80\x02" + b"(" * 10**5 + b".",
-               b"\x80\x02r\xff\xff\xff\x7f.", b"\x80\x02Nr\xff\xff\xff\x7f.", b"\x80\x02X\xff\xff\xff\x7fx.")  # fmt: skip
+    far = b"\xff\xff\xff\x7f"  # 2**31 - 1
+    hostile = (
+        *(b"\x80\x02\x8b" + far + b".", b"\x80\x02r" + far + b".", b"\x80\x02Nr" + far + b"."),
+        *(b"\x80\x02X" + far + b"x.", b"\x80\x04\x95" + b"\xff" * 8 + b".", b"\x80\x02" + b"(" * 10**5 + b"."),
+    )
     it.path = it.path.with_suffix(".pt")
     it.path.write_bytes(it.one_of(content, content[:-1], *hostile))
 
@@ -309,7 +312,7 @@ def loras(it: Damage) -> None:
     name = it.draw.choice(list(whole))
     tensor = it.one_of(
         torch.zeros(0), torch.zeros(()), torch.zeros(2, 64, dtype=torch.int8), torch.full((2, 64), torch.inf),
-        torch.zeros(3, 7), torch.zeros(2, 64, dtype=torch.complex64), torch.full((2, 64), 1e38), torch.zeros(1, 1, 1, 1, 1),
+        torch.zeros(3, 7), torch.zeros(2, 64, dtype=torch.complex64), torch.full((2, 64), 1e38),
     )  # fmt: skip
     if it.one_of(True, False, False):
         save_file(whole | {name: tensor}, it.path)
@@ -350,8 +353,12 @@ def metadata_lies(it: Damage) -> None:
     else:
         value = it.one_of(*VALUES)
     text = json.dumps(told | {"config": told["config"] | {field: value}})
-    others = ["[" * 10**5, "{", "[]", "3", json.dumps({"network": it.one_of(*VALUES), "config": {}}),
-              json.dumps(told | {"config": it.one_of(*VALUES)}), json.dumps(told | {"network": "text_encoder"})]  # fmt: skip
+    headers = (
+        {"network": it.one_of(*VALUES), "config": {}},
+        {"network": "text_encoder"},
+        {"config": it.one_of(*VALUES)},
+    )
+    others = ["[" * 10**5, "{", "[]", "3", *(json.dumps(told | header) for header in headers)]
     header["__metadata__"]["wuerstchen"] = it.one_of(*[text] * 12, *others)
     it.write(header, body)
 

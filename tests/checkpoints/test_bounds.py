@@ -70,8 +70,16 @@ def test_a_name_that_counts_beyond_the_tensors_is_refused(tmp_path, kind, build,
         load_network(kind, tmp_path / "bomb.safetensors")
 
 
-@pytest.mark.parametrize("shape", ["p{}.blocks.0.kv_mapper.1.weight", "blocks.{}.kv_mapper.1.weight",
-                                   "down_blocks.{}.0.gammas", "effnet_mappers.{}.weight", "p.{}.blocks.0.mapper.weight"])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "p{}.blocks.0.kv_mapper.1.weight",
+        "blocks.{}.kv_mapper.1.weight",
+        "down_blocks.{}.0.gammas",
+        "effnet_mappers.{}.weight",
+        "p.{}.blocks.0.mapper.weight",
+    ],
+)
 def test_the_time_for_names_grows_with_their_number(tmp_path, shape):
     """They took 8 s once, and four times as many 16 times as long."""
     names = [shape.format(i) for i in range(8000)]

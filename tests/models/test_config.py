@@ -40,9 +40,12 @@ def wrong():
 
 
 IMPOSSIBLE = [
-    ("stage_a", "widths", ()), ("stage_a", "widths", (0,)), ("stage_a", "scale_factor", 0.0), ("stage_a", "scale_factor", -1.0),
-    ("stage_a", "latent_channels", 0), ("stage_b", "heads", (0, 3)), ("stage_b", "heads", (0,)), ("stage_b", "blocks", (0, 1)),
-    ("stage_b", "blocks", (1, 1, 1)), ("stage_b", "semantic", (0, 1)), ("stage_b", "semantic", (True,)), ("stage_b", "patch", 0),
+    ("stage_a", "widths", ()), ("stage_a", "widths", (0,)), ("stage_a", "scale_factor", 0.0),
+    ("stage_a", "scale_factor", -1.0),
+    ("stage_a", "latent_channels", 0), ("stage_b", "heads", (0, 3)), ("stage_b", "heads", (0,)),
+    ("stage_b", "blocks", (0, 1)),
+    ("stage_b", "blocks", (1, 1, 1)), ("stage_b", "semantic", (0, 1)), ("stage_b", "semantic", (True,)),
+    ("stage_b", "patch", 0),
     ("stage_b", "dropout", 1.0), ("stage_b", "dropout", -0.1), ("stage_b", "time_width", 3), ("stage_c", "heads", 0),
     ("stage_c", "heads", 5), ("stage_c", "heads", -1), ("stage_c", "time_width", 2), ("stage_c", "depth", 0),
     ("stage_c", "dropout", 10**9), ("semantic_compressor", "stages", ()),
@@ -98,8 +101,13 @@ def test_a_file_whose_configuration_cannot_be_is_one_line(tmp_path):
             assert text.startswith(f"{path}: ") and len(text) < 500 and text.isprintable(), (kind, field, text)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "{", "[]", "3", '{"network": []}', '{"network": "x"}',
-                                  '{"network": "stage_c"}', '{"network": "stage_c", "config": 3}', '{"a": 1, "a": 2}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[" * 100_000, '{"a":' * 100_000, "{", "[]", "3", '{"network": []}', '{"network": "x"}'),
+        *('{"network": "stage_c"}', '{"network": "stage_c", "config": 3}', '{"a": 1, "a": 2}'),
+    ],
+)
 def test_metadata_that_is_no_configuration_is_one_line(tmp_path, text):
     save_file(SMALL["stage_c"].state_dict(), tmp_path / "c.safetensors", {METADATA_KEY: text})
     with pytest.raises(w.WuerstchenError, match="c.safetensors: "):
