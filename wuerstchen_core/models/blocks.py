@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .config import require
+
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """(N,) times in [0, 1] -> (N, width): sines, then cosines, of t * 10000 at geometric frequencies, in float32."""
@@ -21,6 +23,17 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
     angles = t.float()[:, None] * 10000 * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raises WuerstchenError unless attention of this width can have so many heads."""
+    require(width % heads == 0, f"heads are {heads}: they must divide the width, {width}")
+
+
+def check_time(width: int, dropout: float) -> None:
+    """Raises WuerstchenError unless times can be embedded in this width, and the dropout is a share."""
+    require(width >= 4 and width % 2 == 0, f"time_width is {width}: it must be even, and at least 4")
+    require(0 <= dropout < 1, f"dropout is {dropout}: it must be from 0 to below 1")
 
 
 class LayerNorm2d(nn.Module):

@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import AttnBlock, LayerNorm2d, ResBlock, TimestepBlock, timestep_embedding, to_rows
+from .blocks import (
+    AttnBlock,
+    LayerNorm2d,
+    ResBlock,
+    TimestepBlock,
+    check_heads,
+    check_time,
+    timestep_embedding,
+    to_rows,
+)
+from .config import check_config, require
 from .latent_space import LatentSpace
 
 
@@ -50,10 +60,14 @@ class DiffNeXt(nn.Module):
 
     `diffnext(x, t, semantic, text)` does it all; a sampler calls `condition` and `modulate` once a run and `denoise`
     every step.
+
+    Raises:
+        WuerstchenError: there is no such network, since a size of the configuration is not possible.
     """
 
     def __init__(self, config: StageBConfig = StageBConfig(), operations=nn):
         super().__init__()
+        _check(config)
         self.config = config
         widths = config.widths
         levels = range(len(widths))
@@ -154,6 +168,20 @@ class DiffNeXt(nn.Module):
         """x (B, 4, h, w), t (B,) in [0, 1], semantic (B, 16, p, q) raw features, text (B, L, text_width) or None
         -> the noise in x, the same shape."""
         return self.denoise(x, self.modulate(t, x.dtype), self.condition(semantic, text, x.shape[-2:]))
+
+
+def _check(config: StageBConfig) -> None:
+    check_config(config, heads=0)
+    levels = len(config.widths)
+    for name in ("heads", "blocks", "semantic"):
+        count = len(getattr(config, name))
+        require(
+            count == levels > 0, f"{name} has {count} values: it needs one per level, as widths, which has {levels}"
+        )
+    for width, heads in zip(config.widths, config.heads, strict=True):
+        check_heads(width, heads or 1)
+    check_time(config.time_width, config.dropout)
+    config.latent_space.check()
 
 
 def _resize(semantic: Tensor, size: list[int]) -> Tensor:

@@ -156,8 +156,8 @@ def _train(state: RunState, batches: Batches, cache: FeatureCache | None) -> Non
                 if isinstance(error, WuerstchenError):
                     raise
                 raise WuerstchenError(
-                    f"a process that loads data has ended ({first_line(error)}): was there too little memory? Try fewer "
-                    f"--workers; {state.remains()}, and the same command goes on from there"
+                    f"a process that loads data has ended ({first_line(error)}): was there too little memory? Try "
+                    f"fewer --workers; {state.remains()}, and the same command goes on from there"
                 ) from error
             interrupts.defer_loaders()
             losses, norm, stop = learner.step(step, micro_batches, interrupts)
@@ -191,8 +191,8 @@ def _explained(error: Exception, state: RunState) -> WuerstchenError | None:
     if state.accelerator.num_processes > 1:
         if isinstance(error, dist.DistError) or any(name in told for name in ("gloo", "NCCL", "ncclInternal")):
             return WuerstchenError(
-                f"another process of this run has ended, or can't be reached ({first_line(error)}); {state.remains()}: once "
-                "all of them have ended, the same command goes on from there"
+                f"another process of this run has ended, or can't be reached ({first_line(error)}); {state.remains()}: "
+                "once all of them have ended, the same command goes on from there"
             )
     return None
 

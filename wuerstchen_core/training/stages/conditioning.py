@@ -150,8 +150,9 @@ def load_backbone(compressor: SemanticCompressor, path: str | Path) -> None:
         WuerstchenError: the file can't be read, or belongs to a network of another size.
     """
     try:
-        state = open_archive(path).tensors
-        backbone = {name.removeprefix("features."): value for name, value in state.items() if name[:9] == "features."}
+        archive = open_archive(path)
+        names = [name for name in archive.tensors if name.startswith("features.")]
+        backbone = {name.removeprefix("features."): archive.read(name) for name in names}
         compressor.backbone.load_state_dict(backbone)
     except Exception as error:  # a damaged file raises nearly anything
         raise WuerstchenError(

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...checkpoints.lora import METADATA_KEY
+from ...checkpoints.safetensors_file import save_file
 from ...models.lora import MODULES
 from ...models.stage_c import Prior, StageCConfig
 from ...util.atomic import replacing

@@ -83,11 +83,12 @@ def load_perceptual(vgg: str | Path, lpips: str | Path | None = None) -> Percept
 
 
 def _weights(path: str | Path, wanted: dict[str, str], distance: nn.Module, what: str) -> dict[str, Tensor]:
-    tensors = open_archive(path).tensors
+    archive = open_archive(path)
+    tensors = archive.tensors
     shapes = {name: value.shape for name, value in distance.state_dict().items()}
     found = {}
     for theirs, ours in wanted.items():
         if theirs not in tensors or tensors[theirs].numel() != shapes[ours].numel():
             raise WuerstchenError(f"{path}: this is not {what}, {theirs} is missing or of another size")
-        found[ours] = tensors[theirs].float().reshape(shapes[ours])
+        found[ours] = archive.read(theirs).float().reshape(shapes[ours])
     return found
