@@ -40,4 +40,4 @@ class WuerstchenLoadLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, stage_c: host.Model, file: str, strength: float) -> io.NodeOutput:
-        return io.NodeOutput(host.with_lora(stage_c, file, strength))
+        return io.NodeOutput(host.with_lora(sockets.network(stage_c, "stage_c"), file, strength))

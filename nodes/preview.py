@@ -28,7 +28,7 @@ class WuerstchenSemanticPreview(io.ComfyNode):
             "Würstchen Semantic Preview",
             "Würstchen Stage C Sampler or Würstchen Semantic Compress",
         )
-        previewer = previewer or host.linear_preview()
-        device = previewer.load()
+        previewer = host.linear_preview() if previewer is None else sockets.network(previewer, "previewer")
+        device = previewer.load(host.PREVIEW_MEMORY * samples[:, 0].numel())
         images = preview(previewer.network, samples.to(device), previewer.dtype)
         return io.NodeOutput(host.to_intermediate(images))

@@ -1,9 +1,13 @@
+import math
+
 import torch
 from comfy_api.latest import io
 
-from ..wuerstchen_core import Geometry
 from ..wuerstchen_core.pipeline import compress, fit
-from . import host, latents, sockets
+from . import host, images, latents, sockets
+
+# Bytes that the released compressor works with at its widest, for a position of its latent.
+WORKING_MEMORY = 172 * 1024
 
 
 class WuerstchenSemanticCompress(io.ComfyNode):
@@ -29,7 +33,10 @@ class WuerstchenSemanticCompress(io.ComfyNode):
 
     @classmethod
     def execute(cls, semantic_compressor: host.Model, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:
-        geometry = Geometry(width, height)
-        device = semantic_compressor.load()
-        image = fit(image[..., :3].to(device), geometry)
+        semantic_compressor = sockets.network(semantic_compressor, "semantic_compressor")
+        geometry = latents.picture_size(width, height)
+        image = images.rgb(image, "Würstchen Semantic Compress")
+        positions = math.prod(geometry.stage_c) * len(image)
+        device = semantic_compressor.load(WORKING_MEMORY * positions + 2 * image.numel() * image.element_size())
+        image = fit(image.to(device), geometry)
         return io.NodeOutput(latents.pack(compress(semantic_compressor.network, image), geometry))

@@ -2,7 +2,11 @@
 
 from comfy_api.latest import io
 
+from ..wuerstchen_core import WuerstchenError
+from ..wuerstchen_core.checkpoints.load import NETWORKS
 from ..wuerstchen_core.diffusion.samplers import SAMPLERS
+from . import host
+from .latents import LARGEST_SIDE, SMALLEST_SIDE
 
 CATEGORY = "Würstchen"
 
@@ -12,6 +16,26 @@ StageC = io.Custom("WUERSTCHEN_STAGE_C")
 TextEncoder = io.Custom("WUERSTCHEN_TEXT_ENCODER")
 SemanticCompressor = io.Custom("WUERSTCHEN_SEMANTIC_COMPRESSOR")
 Previewer = io.Custom("WUERSTCHEN_PREVIEWER")
+
+LOADERS = {
+    "stage_a": "Würstchen Load Stage A",
+    "stage_b": "Würstchen Load Stage B",
+    "stage_c": "Würstchen Load Stage C",
+    "text_encoder": "Würstchen Load Text Encoder",
+    "semantic_compressor": "Würstchen Load Semantic Compressor",
+    "previewer": "Würstchen Load Previewer",
+}
+
+
+def network(given: host.Model, kind: str) -> host.Model:
+    """What a socket of that kind of network was given: ComfyUI lets a script put anything there.
+
+    Raises WuerstchenError if it is not such a network.
+    """
+    if isinstance(given, host.Model) and isinstance(given.network, NETWORKS[kind][0]):
+        return given
+    found = type(given.network if isinstance(given, host.Model) else given).__name__
+    raise WuerstchenError(f"{kind}: expected the output of {LOADERS[kind]} or Würstchen Load Model, got {found}")
 
 
 def seed_input(tooltip: str) -> io.Int.Input:
@@ -45,8 +69,8 @@ def size_inputs(what: str) -> list[io.Int.Input]:
         io.Int.Input(
             side,
             default=256,
-            min=128,
-            max=4096,
+            min=SMALLEST_SIDE,
+            max=LARGEST_SIDE,
             step=8,
             tooltip=f"{side.capitalize()} of {what} in pixels, a multiple of 8. The mini was trained at 256 x 256.",
         )

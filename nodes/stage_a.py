@@ -5,9 +5,10 @@ from comfy_api.latest import io
 
 from ..wuerstchen_core import Geometry
 from ..wuerstchen_core.pipeline import decode, encode
-from . import host, latents, sockets
+from . import host, images, latents, sockets
 
-WORKING_MEMORY = 64 * 1024  # bytes that the released Stage A works with at its widest, a position of the latent
+# Bytes that the released Stage A works with at its widest, for a position of the latent.
+WORKING_MEMORY = 64 * 1024
 
 
 class WuerstchenVQGANDecode(io.ComfyNode):
@@ -27,16 +28,21 @@ class WuerstchenVQGANDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, stage_a: host.Model, latent) -> io.NodeOutput:
+        stage_a = sockets.network(stage_a, "stage_a")
         samples = latents.samples_of(
             latent,
             stage_a.network.config.latent_channels,
             "Würstchen VQGAN Decode",
             "Würstchen Stage B Sampler or Würstchen VQGAN Encode",
         )
+        latents.refuse_mask(latent, "Würstchen VQGAN Decode")
         geometry = latents.geometry_of_stage_a(latent)
         device = stage_a.load(WORKING_MEMORY * samples[0, 0].numel())
-        images = [decode(stage_a.network, one.to(device), geometry, stage_a.dtype) for one in samples.split(1)]
-        return io.NodeOutput(host.to_intermediate(torch.cat(images)))
+        pictures = [
+            latents.cut(decode(stage_a.network, one.to(device), dtype=stage_a.dtype), geometry)
+            for one in samples.split(1)
+        ]
+        return io.NodeOutput(host.to_intermediate(torch.cat(pictures)))
 
 
 class WuerstchenVQGANEncode(io.ComfyNode):
@@ -56,7 +62,9 @@ class WuerstchenVQGANEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, stage_a: host.Model, image: torch.Tensor) -> io.NodeOutput:
-        image = latents.picture(image)
+        node = "Würstchen VQGAN Encode"
+        stage_a = sockets.network(stage_a, "stage_a")
+        image = images.whole_steps(images.rgb(image, node), node)
         geometry = Geometry(width=image.shape[2], height=image.shape[1])
         device = stage_a.load(WORKING_MEMORY * math.prod(geometry.stage_a))
         samples = [encode(stage_a.network, one.to(device), stage_a.dtype) for one in image.split(1)]

@@ -1,7 +1,14 @@
+import math
+
 from comfy_api.latest import io
 
+from ..wuerstchen_core import Geometry
 from ..wuerstchen_core.pipeline import sample_stage_b
 from . import host, latents, sockets
+from .conditioning import text_of, token_count
+
+# Numbers that the released Stage B holds at once, for a position of its latent and for a token of its text.
+NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 1_200, 210_000
 
 
 class WuerstchenStageBSampler(io.ComfyNode):
@@ -38,20 +45,27 @@ class WuerstchenStageBSampler(io.ComfyNode):
     def execute(
         cls, stage_b: host.Model, latent, seed, steps, cfg, sampler, positive=None, negative=None
     ) -> io.NodeOutput:
+        stage_b = sockets.network(stage_b, "stage_b")
         samples = latents.samples_of(
             latent,
             stage_b.network.config.semantic_channels,
             "Würstchen Stage B Sampler",
             "Würstchen Stage C Sampler or Würstchen Semantic Compress",
         )
+        latents.refuse_mask(latent, "Würstchen Stage B Sampler")
         geometry = latents.geometry_of_stage_c(latent)
-        device = stage_b.load()
+        work = Geometry.of_stage_c(*samples.shape[-2:])
+        batch, width = len(samples), stage_b.network.config.text_width
+        positive = text_of(positive, "positive", "Stage B", width, batch)
+        negative = text_of(negative, "negative", "Stage B", width, batch)
+        numbers = math.prod(work.stage_a) * NUMBERS_PER_POSITION + token_count(positive, negative) * NUMBERS_PER_TOKEN
+        device = stage_b.load(numbers * batch * (1 if cfg == 1 else 2) * stage_b.dtype.itemsize)
         sampled = sample_stage_b(
             stage_b.network,
             samples.to(device),
-            geometry,
-            latents.text_of(positive),
-            latents.text_of(negative),
+            work,
+            positive,
+            negative,
             steps=steps,
             cfg=cfg,
             sampler=sampler,

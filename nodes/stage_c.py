@@ -1,11 +1,15 @@
 import torch
 from comfy_api.latest import io
 
-from ..wuerstchen_core import Geometry, apply_loras
+from ..wuerstchen_core import WuerstchenError, apply_loras
 from ..wuerstchen_core.diffusion.schedule import SCHEDULES
 from ..wuerstchen_core.models.stage_c import StageCConfig
 from ..wuerstchen_core.pipeline import sample_stage_c
 from . import host, latents, sockets
+from .conditioning import text_of, token_count
+
+# Numbers that the released Stage C holds at once, for a position of its latent and for a token of its text.
+NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 20_000, 100_000
 
 
 class WuerstchenEmptyLatent(io.ComfyNode):
@@ -27,7 +31,9 @@ class WuerstchenEmptyLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
-        geometry = Geometry(width, height)
+        geometry = latents.picture_size(width, height)
+        if batch_size < 1:
+            raise WuerstchenError(f"batch_size is {batch_size}: at least 1 is needed")
         empty = torch.zeros(batch_size, StageCConfig().latent_channels, *geometry.stage_c)
         return io.NodeOutput(latents.pack(empty, geometry))
 
@@ -92,6 +98,8 @@ class WuerstchenStageCSampler(io.ComfyNode):
         denoise,
         previewer: host.Model | None = None,
     ) -> io.NodeOutput:
+        stage_c = sockets.network(stage_c, "stage_c")
+        previewer = host.linear_preview() if previewer is None else sockets.network(previewer, "previewer")
         samples = latents.samples_of(
             latent,
             stage_c.network.config.latent_channels,
@@ -99,15 +107,19 @@ class WuerstchenStageCSampler(io.ComfyNode):
             "Würstchen Empty Latent or Würstchen Semantic Compress",
         )
         geometry = latents.geometry_of_stage_c(latent)
-        progress = host.progress(steps, previewer or host.linear_preview())
-        device = stage_c.load()
+        batch, width = len(samples), stage_c.network.config.text_width
+        positive = text_of(() if positive is None else positive, "positive", "Stage C", width, batch)
+        negative = text_of(negative, "negative", "Stage C", width, batch)
+        progress = host.progress(steps, previewer)
+        numbers = samples[0, 0].numel() * NUMBERS_PER_POSITION + token_count(positive, negative) * NUMBERS_PER_TOKEN
+        device = stage_c.load(numbers * batch * (1 if cfg == 1 else 2) * stage_c.dtype.itemsize)
         mask = latents.mask_of(latent, geometry)
         with apply_loras(stage_c.network, stage_c.loras):
             sampled = sample_stage_c(
                 stage_c.network,
                 samples.to(device),
-                latents.text_of(positive),
-                latents.text_of(negative),
+                positive,
+                negative,
                 steps=steps,
                 cfg=cfg,
                 sampler=sampler,
@@ -119,4 +131,4 @@ class WuerstchenStageCSampler(io.ComfyNode):
                 dtype=stage_c.dtype,
                 progress=progress,
             )
-        return io.NodeOutput(latents.pack(sampled, geometry, like=latent))
+        return io.NodeOutput(latents.pack(sampled, geometry, like={**latent, latents.DRAWN: latent.get("noise_mask")}))

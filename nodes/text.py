@@ -1,6 +1,9 @@
 from comfy_api.latest import io
 
+from ..wuerstchen_core import WuerstchenError
 from . import host, sockets
+
+NUMBERS_PER_TOKEN = 20  # that are held at once, for each of the text encoder's width
 
 
 class WuerstchenTextEncode(io.ComfyNode):
@@ -29,6 +32,11 @@ class WuerstchenTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder: host.Model, text: str) -> io.NodeOutput:
-        text_encoder.load()
+        text_encoder = sockets.network(text_encoder, "text_encoder")
+        if not isinstance(text, str):
+            raise WuerstchenError(f"text: expected a text, got {type(text).__name__}")
+        tokens = text_encoder.network.config.context_length + len(text)  # at most, in any but its last chunk
+        numbers = NUMBERS_PER_TOKEN * text_encoder.network.config.width * tokens
+        text_encoder.load(numbers * text_encoder.dtype.itemsize)
         encoded = host.to_intermediate(text_encoder.network([text]))
         return io.NodeOutput([[encoded, {}]])
