@@ -113,7 +113,9 @@ def parts(archive: Archive) -> dict[str, Part]:
     return found
 
 
-def load_network(kind: str, path: str | Path, device, dtype: torch.dtype | None, **options) -> nn.Module:
+def load_network(
+    kind: str, path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, **options
+) -> nn.Module:
     archive = open_archive(path)
     part = _part(archive, kind)
     network = empty(archive, part, **options)
