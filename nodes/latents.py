@@ -57,7 +57,7 @@ def picture_size(width: int, height: int) -> Geometry:
 
 def pack(samples: Tensor, geometry: Geometry, like: dict | None = None) -> dict:
     """A LATENT; what else `like` holds (noise mask, batch index) is kept."""
-    samples = host.to_intermediate(samples)
+    samples = host.to_intermediate(samples).contiguous()  # the order in memory says later whether they were turned
     return {**(like or {}), "samples": samples, KEY: Noted(geometry, samples)}
 
 
@@ -177,7 +177,7 @@ def _size(latent: dict, frame: Callable[[int, int], tuple[int, int]]) -> tuple[i
     if _is_turned(samples, noted.samples):
         before, size = before[::-1], size[::-1]
     return tuple(
-        side if now == old else min(now // STEP * STEP, max(STEP, round(side * now / old / STEP) * STEP))
+        side if now == old else min(now // STEP * STEP, max(STEP, int(side * now / old / STEP + 0.5) * STEP))
         for side, now, old in zip(size, whole, frame(*before), strict=True)
     )
 

@@ -32,9 +32,9 @@ def network(given: host.Model, kind: str) -> host.Model:
 
     Raises WuerstchenError if it is not such a network.
     """
-    if isinstance(given, host.Model) and isinstance(given.network, NETWORKS[kind][0]):
-        return given
     found = type(given.network if isinstance(given, host.Model) else given).__name__
+    if isinstance(given, host.Model) and found == NETWORKS[kind][0].__name__:
+        return given
     raise WuerstchenError(f"{kind}: expected the output of {LOADERS[kind]} or Würstchen Load Model, got {found}")
 
 
