@@ -1,4 +1,4 @@
-"""Socket types of our own, each carrying a `host.Model`; for everything else the nodes use ComfyUI's."""
+"""The pack's own socket types, each carrying a `host.Model`; everything else uses ComfyUI's."""
 
 from comfy_api.latest import io
 
@@ -28,9 +28,9 @@ LOADERS = {
 
 
 def network(given: host.Model, kind: str) -> host.Model:
-    """What a socket of that kind of network was given: ComfyUI lets a script put anything there.
+    """Returns what a network socket was given, which in a workflow from a script may be anything.
 
-    Raises WuerstchenError if it is not such a network.
+    Raises WuerstchenError if it is not a network of that kind.
     """
     found = type(given.network if isinstance(given, host.Model) else given).__name__
     if isinstance(given, host.Model) and found == NETWORKS[kind][0].__name__:
@@ -43,11 +43,9 @@ def seed_input(tooltip: str) -> io.Int.Input:
 
 
 def sampling_inputs(steps: int, cfg: float, cfg_tooltip: str) -> list[io.Input]:
-    """What both samplers ask for, with a stage's own defaults."""
+    """The inputs that both samplers share, with each stage's defaults."""
     return [
-        io.Int.Input(
-            "steps", default=steps, min=1, max=1000, tooltip="More steps are slower, and finer up to a point."
-        ),
+        io.Int.Input("steps", default=steps, min=1, max=1000, tooltip="More steps take longer and help up to a point."),
         io.Float.Input("cfg", default=cfg, min=0.0, max=30.0, step=0.1, round=0.01, tooltip=cfg_tooltip),
         io.Combo.Input(
             "sampler", options=list(SAMPLERS), default="ddpm", tooltip="ddpm adds fresh noise at every step."
@@ -59,8 +57,8 @@ def previewer_input() -> io.Input:
     return Previewer.Input(
         "previewer",
         optional=True,
-        tooltip="From Würstchen Load Previewer, or Würstchen Load Model if its set has one. Without, each position "
-        "of the latent is one colour, as fits the mini.",
+        tooltip="From Würstchen Load Previewer, or Würstchen Load Model if its set has one. Without one, each "
+        "position of the latent is shown as one colour, which fits the mini.",
     )
 
 

@@ -7,7 +7,7 @@ from ..wuerstchen_core import Geometry
 from ..wuerstchen_core.pipeline import decode, encode
 from . import host, images, latents, sockets
 
-# Bytes that the released Stage A works with at its widest, for a position of the latent.
+# Peak memory of the released Stage A in bytes per position of its latent.
 WORKING_MEMORY = 64 * 1024
 
 
@@ -18,7 +18,7 @@ class WuerstchenVQGANDecode(io.ComfyNode):
             node_id="WuerstchenVQGANDecode",
             display_name="Würstchen VQGAN Decode",
             category=sockets.CATEGORY,
-            description="Stage A: latent to picture.",
+            description="Stage A: turns a latent into a picture.",
             inputs=[
                 sockets.StageA.Input("stage_a", tooltip="From Würstchen Load Stage A or Würstchen Load Model."),
                 io.Latent.Input("latent", tooltip="From Würstchen Stage B Sampler or Würstchen VQGAN Encode."),
@@ -52,12 +52,14 @@ class WuerstchenVQGANEncode(io.ComfyNode):
             node_id="WuerstchenVQGANEncode",
             display_name="Würstchen VQGAN Encode",
             category=sockets.CATEGORY,
-            description="Stage A: picture to latent, 4 : 1 a side.",
+            description="Stage A: turns a picture into a latent, 4 times smaller a side.",
             inputs=[
                 sockets.StageA.Input("stage_a", tooltip="From Würstchen Load Stage A or Würstchen Load Model."),
-                io.Image.Input("image", tooltip="Its sides are cut to multiples of 8."),
+                io.Image.Input(
+                    "image", tooltip="Its sides are cropped to multiples of 8; transparency is put on white."
+                ),
             ],
-            outputs=[io.Latent.Output(tooltip="In Stage A's space, for Würstchen VQGAN Decode.")],
+            outputs=[io.Latent.Output(tooltip="A latent of Stage A, for Würstchen VQGAN Decode.")],
         )
 
     @classmethod

@@ -7,7 +7,7 @@ from ..wuerstchen_core.pipeline import sample_stage_b
 from . import host, latents, sockets
 from .conditioning import text_of, token_count
 
-# Numbers that the released Stage B holds at once, for a position of its latent and for a token of its text.
+# Peak memory of the released Stage B in numbers per position of its latent and per token of its text.
 NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 1_200, 210_000
 
 
@@ -18,24 +18,28 @@ class WuerstchenStageBSampler(io.ComfyNode):
             node_id="WuerstchenStageBSampler",
             display_name="Würstchen Stage B Sampler",
             category=sockets.CATEGORY,
-            description="Adds the detail: from Stage C's small latent to one of Stage A, the size of the picture / 4.",
+            description="Adds the detail: turns Stage C's small latent into one of Stage A, 4 times smaller a side than "
+            "the picture.",
             inputs=[
                 sockets.StageB.Input("stage_b", tooltip="From Würstchen Load Stage B or Würstchen Load Model."),
                 io.Latent.Input(
                     "latent",
                     tooltip="From Würstchen Stage C Sampler, or from Würstchen Semantic Compress to vary a picture.",
                 ),
-                sockets.seed_input("The same seed gives the same picture; another one, other details."),
+                sockets.seed_input("The same seed gives the same picture; another seed changes the details."),
                 *sockets.sampling_inputs(
-                    12, 1.0, "How closely the latent and the prompt are followed. 1 is off, and twice as fast."
+                    12,
+                    1.0,
+                    "How closely the latent and the prompt are followed. 1 turns guidance off and is twice as fast.",
                 ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="The prompt again, by the text encoder of Stage B. It may be left out.",
+                    tooltip="The prompt again, from the text encoder of Stage B; optional. Areas, masks, strengths, "
+                    "timestep ranges and several entries are refused.",
                 ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="By the text encoder of Stage B; read where cfg is not 1."
+                    "negative", optional=True, tooltip="From the text encoder of Stage B; used unless cfg is 1."
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="For Würstchen VQGAN Decode.")],

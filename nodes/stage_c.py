@@ -8,7 +8,7 @@ from ..wuerstchen_core.pipeline import sample_stage_c
 from . import host, latents, sockets
 from .conditioning import text_of, token_count
 
-# Numbers that the released Stage C holds at once, for a position of its latent and for a token of its text.
+# Peak memory of the released Stage C in numbers per position of its latent and per token of its text.
 NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 20_000, 100_000
 
 
@@ -19,14 +19,12 @@ class WuerstchenEmptyLatent(io.ComfyNode):
             node_id="WuerstchenEmptyLatent",
             display_name="Würstchen Empty Latent",
             category=sockets.CATEGORY,
-            description="What Stage C starts from when there is no picture: says the size and the number of pictures.",
+            description="Sets the size and the number of pictures when Stage C starts from text alone.",
             inputs=[
                 *sockets.size_inputs("the pictures"),
-                io.Int.Input(
-                    "batch_size", default=1, min=1, max=64, tooltip="How many different pictures are made at once."
-                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many pictures are drawn at once."),
             ],
-            outputs=[io.Latent.Output(tooltip="In Stage C's space.")],
+            outputs=[io.Latent.Output(tooltip="A latent of Stage C.")],
         )
 
     @classmethod
@@ -45,30 +43,34 @@ class WuerstchenStageCSampler(io.ComfyNode):
             node_id="WuerstchenStageCSampler",
             display_name="Würstchen Stage C Sampler",
             category=sockets.CATEGORY,
-            description="Draws the content: text to a small latent, from noise or from a picture's latent.",
+            description="Draws the content: turns text into a small latent, starting from noise or from a "
+            "picture's latent.",
             inputs=[
                 sockets.StageC.Input(
                     "stage_c", tooltip="From Würstchen Load Stage C, Würstchen Load Model or Würstchen Load LoRA."
                 ),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="What is to be seen, by the text encoder of Stage C. Areas and time ranges are not read.",
+                    tooltip="What the picture shows, from the text encoder of Stage C. Areas, masks, strengths, "
+                    "timestep ranges and several entries are refused; join texts with Conditioning Concat.",
                 ),
-                io.Conditioning.Input("negative", tooltip="What is not to be seen; an empty text will do."),
+                io.Conditioning.Input("negative", tooltip="What to avoid; an empty text will do."),
                 io.Latent.Input(
                     "latent",
                     tooltip="From Würstchen Empty Latent, or from Würstchen Semantic Compress to start from a picture. "
-                    "With a noise mask only the masked part is drawn.",
+                    "With a noise mask, only the masked part is drawn.",
                 ),
                 sockets.seed_input("The same seed gives the same picture."),
                 *sockets.sampling_inputs(
-                    30, 4.0, "How closely the prompt is followed. 1 is off: faster, and the negative is not read."
+                    30,
+                    4.0,
+                    "How closely the prompt is followed. 1 turns guidance off: faster, and the negative has no effect.",
                 ),
                 io.Combo.Input(
                     "schedule",
                     options=list(SCHEDULES),
                     default="even",
-                    tooltip="Where the steps lie: uneven spends two thirds of them on the first third of the way.",
+                    tooltip="How the steps are spaced: uneven spends two thirds of them on the noisiest third.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -76,7 +78,7 @@ class WuerstchenStageCSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="1 starts from pure noise; less keeps that much more of the latent, 0 all of it.",
+                    tooltip="1 starts from pure noise; lower values keep more of the latent, 0 all of it.",
                 ),
                 sockets.previewer_input(),
             ],

@@ -24,7 +24,7 @@ from ...wuerstchen_core.checkpoints.load import (
 from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW, find_set
 from .folders import listed_file, model_set, warn_once
 
-PREVIEW_MEMORY = 72 * 1024  # bytes that the paper's previewer works with at its widest, for a position of the latent
+PREVIEW_MEMORY = 72 * 1024  # peak memory of the paper's previewer in bytes per position of the latent
 TEXT_OPTIONS = ("fp32_text_enc", "bf16_text_enc", "fp16_text_enc", "fp8_e4m3fn_text_enc", "fp8_e5m2_text_enc")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -151,7 +151,14 @@ def test_what_is_no_text_for_this_batch_is_refused(text, refused, stage, socket)
     )
     assert "3 rows, but 1 picture is drawn: give one row for all" in refused(stage, socket, [[noise(3, 77, 32), {}]])
     assert "width 32, but this text comes from one of width 7" in refused(stage, socket, [[noise(1, 77, 7), {}]])
-    for wrong in ("a cat", 3, {"samples": noise(1, 4, 8, 8)}, [noise(1, 77, 32)], [["a cat", {}]], [[noise(77, 32), {}]]):
+    for wrong in (
+        "a cat",
+        3,
+        {"samples": noise(1, 4, 8, 8)},
+        [noise(1, 77, 32)],
+        [["a cat", {}]],
+        [[noise(77, 32), {}]],
+    ):
         assert "expected a CONDITIONING, got " in refused(stage, socket, wrong)
 
 
