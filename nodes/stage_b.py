@@ -18,8 +18,8 @@ class WuerstchenStageBSampler(io.ComfyNode):
             node_id="WuerstchenStageBSampler",
             display_name="Würstchen Stage B Sampler",
             category=sockets.CATEGORY,
-            description="Adds the detail: turns Stage C's small latent into one of Stage A, 4 times smaller a side than "
-            "the picture.",
+            description="Adds the detail: turns Stage C's small latent into one of Stage A, 4 times smaller "
+            "a side than the picture.",
             inputs=[
                 sockets.StageB.Input("stage_b", tooltip="From Würstchen Load Stage B or Würstchen Load Model."),
                 io.Latent.Input(
