@@ -9,7 +9,7 @@ from . import host, latents, sockets
 from .conditioning import text_of, token_count
 
 # Peak memory of the released Stage C in numbers per position of its latent and per token of its text.
-NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 20_000, 100_000
+NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 20_000, 120_000
 
 
 class WuerstchenEmptyLatent(io.ComfyNode):

@@ -203,15 +203,15 @@ def allocated(network, geometry):
     return memory.most
 
 
-@pytest.mark.parametrize(("stage", "kind"), [("c", Prior), ("b", DiffNeXt)])
+@pytest.mark.parametrize(("stage", "kind", "sides"), [("c", Prior, (512, 1024)), ("b", DiffNeXt, (1024,))])
 def test_a_sampler_asks_for_the_memory_that_the_released_stage_takes(
-    loaded, text, empty, stage_c, stage_b, asked, monkeypatch, stage, kind
+    loaded, text, empty, stage_c, stage_b, asked, monkeypatch, stage, kind, sides
 ):
     monkeypatch.setattr(loaded[f"stage_{stage}"].network, "denoise", lambda x, *_: torch.zeros_like(x))
     options = {"positive": text("a cat"), "negative": text(""), "steps": 1, "cfg": 2.0}
     with torch.device("meta"):
         network = kind()
-    for side in (512, 1024):
+    for side in sides:
         needed = allocated(network, Geometry(side, side))
         asked.clear()
         {"c": stage_c, "b": stage_b}[stage](empty(side, side), **options)
