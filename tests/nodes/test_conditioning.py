@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.nodes.inputs import noise, same
+from tests.nodes.inputs import QUICK_B, QUICK_C, noise, same
 from wuerstchen_core import Geometry
 from wuerstchen_core.pipeline import sample_stage_b, sample_stage_c
 
@@ -98,13 +98,15 @@ SOCKETS = [("c", "positive"), ("c", "negative"), ("b", "positive"), ("b", "negat
 
 
 @pytest.fixture
-def refused(text, empty, stage_c, stage_b):
+def refused(run, loaded, empty):
     """(stage, socket, CONDITIONING) -> the message; at cfg 1, where the negative is not read."""
 
     def message(stage, socket, conditioning, batch_size=1):
-        sample = {"c": stage_c, "b": stage_b}[stage]
+        node, quick = {"c": ("WuerstchenStageCSampler", QUICK_C), "b": ("WuerstchenStageBSampler", QUICK_B)}[stage]
+        texts = {"positive": [[noise(1, 77, 32), {}]], "negative": [[noise(1, 77, 32), {}]], socket: conditioning}
+        networks = {f"stage_{stage}": loaded[f"stage_{stage}"]}
         with pytest.raises(ValueError) as caught:
-            sample(empty(batch_size=batch_size), cfg=1.0, **{socket: conditioning})
+            run(node, **networks, latent=empty(batch_size=batch_size), **texts, **quick)
         message = str(caught.value)
         assert type(caught.value).__name__ == "WuerstchenError" and "\n" not in message and len(message) < 500
         assert message.startswith(f"{socket} of Würstchen Stage {stage.upper()} Sampler: ")
@@ -132,14 +134,14 @@ def refused(text, empty, stage_c, stage_b):
         ("default", {"default": True}),
     ],
 )
-def test_what_an_entry_says_beside_its_text_is_refused(text, refused, stage, socket, name, extra):
-    message = refused(stage, socket, [[text("a cat")[0][0], extra]])
+def test_what_an_entry_says_beside_its_text_is_refused(refused, stage, socket, name, extra):
+    message = refused(stage, socket, [[noise(1, 77, 32), extra]])
     assert f"not supported: {name}; take out" in message
 
 
 @pytest.mark.parametrize(("stage", "socket"), SOCKETS)
-def test_what_is_no_text_for_this_batch_is_refused(text, refused, stage, socket):
-    cat, dog = text("a cat"), text("a dog")
+def test_what_is_no_text_for_this_batch_is_refused(refused, stage, socket):
+    cat, dog = [[noise(1, 77, 32), {}]], [[noise(1, 154, 32), {}]]
     assert "2 entries (Conditioning Combine) are not supported: join the texts with Conditioning Concat" in refused(
         stage, socket, [*cat, *dog]
     )
