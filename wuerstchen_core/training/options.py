@@ -29,7 +29,7 @@ PLACEHOLDERS = {bool: True, int: 1, float: 1.0, str: "x"}
 
 
 def option(default: Any = MISSING, help: str = "") -> Any:
-    """A field of a dataclass of options; without a default it must be given. % in the help is a plain one."""
+    """A field of a dataclass of options; without a default it must be given."""
     metadata = {"help": help}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
@@ -37,7 +37,7 @@ def option(default: Any = MISSING, help: str = "") -> Any:
 
 
 def check_at_least(least: int, options: Any, *names: str) -> None:
-    """Raises WuerstchenError naming the first of these options that is below."""
+    """Raises WuerstchenError naming the first of these options that is less than `least`."""
     for name in names:
         if getattr(options, name) < least:
             raise WuerstchenError(f"{name} is {getattr(options, name)}: it must be at least {least}")
@@ -58,7 +58,7 @@ def check_shares(options: Any, *names: str) -> None:
 
 
 class Listed(NamedTuple):
-    """An option as a help shows it."""
+    """An option as the help lists it."""
 
     name: str  # with the names of its tables: network.depth
     type: Any
@@ -67,9 +67,9 @@ class Listed(NamedTuple):
 
 
 def listed(*classes: type, prefix: str = "") -> Iterator[Listed]:
-    """All options of some dataclasses, those of tables after the table's name and a dot.
+    """All options of some dataclasses; those of a table are named `table.option`.
 
-    Where they have no help of their own they get their table's."""
+    An option without help has its table's."""
     for cls in classes:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -86,7 +86,7 @@ def listed(*classes: type, prefix: str = "") -> Iterator[Listed]:
 
 
 def read(cls: type, table: Mapping[str, Any], where: str) -> Any:
-    """An instance of a dataclass from a TOML table. What a sub-table doesn't name stays as the default has it.
+    """An instance of a dataclass from a TOML table. What a sub-table does not name keeps its default.
 
     Raises:
         WuerstchenError naming `where` and the option: it is unknown, of another type, or missing.
@@ -95,13 +95,13 @@ def read(cls: type, table: Mapping[str, Any], where: str) -> Any:
 
 
 def read_all(classes: Sequence[type], table: Mapping[str, Any], where: str) -> list:
-    """The same for several dataclasses, whose options lie side by side in one table."""
+    """Instances of several dataclasses whose options share one table."""
     _check_known(table, [field.name for cls in classes for field in dataclasses.fields(cls) if field.init], where)
     return [_read(cls, table, where) for cls in classes]
 
 
 def override(classes: Sequence[type], table: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
-    """The table with options from the command line in their places: {"network.depth": "4"}.
+    """The table, updated with options from the command line, such as {"network.depth": "4"}.
 
     A value is written as in TOML; texts need no quotes.
     """
@@ -110,7 +110,7 @@ def override(classes: Sequence[type], table: Mapping[str, Any], given: Mapping[s
 
 
 def merge(table: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with Python's values in their places: {"network.depth": 4}, or {"network": {"depth": 4}}."""
+    """The table, updated with Python values, such as {"network.depth": 4} or {"network": {"depth": 4}}."""
     merged = _plain(table)
     for name, value in given.items():
         first, _, rest = name.partition(".")
@@ -197,7 +197,7 @@ def _check_known(table: Mapping[str, Any], known: Sequence[str], where: str) -> 
 
 
 def _checked(value: Any, type_: Any, where: str, default: Any = MISSING) -> Any:
-    """The value as the type has it; whole numbers may stand for others."""
+    """The value, converted to its type. A whole number is taken for a float."""
     if dataclasses.is_dataclass(type_):
         if not isinstance(value, Mapping):
             raise WuerstchenError(f"{where} is {_shown(value)}: a table is needed")
@@ -245,7 +245,7 @@ def _at(default: Any, path: list[str]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value of Python's as a TOML file would give it."""
+    """A Python value as a TOML file would give it."""
     if dataclasses.is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):

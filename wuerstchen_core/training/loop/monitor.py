@@ -1,4 +1,4 @@
-"""What a run shows of itself: a progress bar, tensorboard's logs, and pictures."""
+"""Progress bar, tensorboard logs and samples of a run."""
 
 import logging
 import math

@@ -1,7 +1,7 @@
-"""The training of a task: AdamW, warm-up, averaged weights, checkpoints from which a run goes on as if never stopped.
+"""The training loop: AdamW, warm-up, averaged weights (EMA), and checkpoints that a run resumes from exactly.
 
-It runs on one process, or on those that `accelerate launch` starts (DDP or FSDP). What a step sees follows from its
-number alone, and so do the learning rate and all that is random: a checkpoint needs no random states and no position in
+It runs on one process, or on those that `accelerate launch` starts (DDP or FSDP). A step's batch,
+learning rate and random numbers follow from its number alone: a checkpoint holds no random states, and no position in
 the data but the number of steps.
 """
 
@@ -26,21 +26,22 @@ from .gradient_checkpointing import checkpoint_blocks
 from .interrupts import Interrupts
 from .lock import locked
 from .monitor import Monitor
-from .state import RunState, together, unsharded
+from .state import RunState, together
 from .task import Task
+from .weights import unsharded
 
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("", "no", "fp16", "bf16")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-OVERFLOWS = 100  # steps in a row that float16's gradients may overflow in, while their scale is looked for
+OVERFLOWS = 100  # consecutive steps whose float16 gradients may overflow, until their scale is found
 
 Batches = Callable[[int, int, int], Iterator[dict]]  # (first, rank, world) -> what `data.open_batches` gives
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast a network learns."""
+    """Length of a run, learning rate, averaging, and how often it is saved."""
 
     steps: int = option(help="number of updates of the weights")
     learning_rate: float = option(1e-4, "AdamW's learning rate after the warm-up")
@@ -69,7 +70,7 @@ class Plan:
                 raise WuerstchenError(f"{name} is {getattr(self, name)!r}: take one of {', '.join(known).lstrip(', ')}")
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: up, level, down to zero."""
+        """The learning rate of a step, counted from 0: warm-up, constant, cool-down to 0."""
         warming = (step + 1) / self.warm_up if self.warm_up else 1.0
         cooling = (self.steps - step) / (self.cool_down * self.steps) if self.cool_down else 1.0
         return self.learning_rate * min(1.0, warming, cooling)
@@ -87,7 +88,7 @@ def train(
     cache: FeatureCache | None = None,
     facts: Callable[[], dict] = dict,
 ) -> None:
-    """Train `task` to the end of the plan, from where the last run in `folder` has stopped.
+    """Train `task` to the end of the plan, from where the last run in `folder` stopped.
 
     The folder gets `checkpoint.pt` (and the one before it, `checkpoint-before.pt`), the averaged weights as the loaders
     take them (`Task.export`), `samples/` and tensorboard's `logs/`. Of several processes the first one writes them and
@@ -209,8 +210,8 @@ class _Learner:
     overflows: int = 0
 
     def step(self, step: int, batches: list[dict], interrupts: Interrupts) -> tuple[dict[str, float], float, bool]:
-        """One update of the weights -> the losses and the gradient's norm, as all processes have them together, and
-        whether one of them was asked to stop."""
+        """One update of the weights -> the losses and the gradient norm, averaged over all processes, and whether one
+        of them was asked to stop."""
         plan, accelerator = self.plan, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = plan.rate(step)
@@ -247,7 +248,7 @@ class _Learner:
 
     @torch.no_grad()
     def _featured(self, batch: dict) -> dict:
-        """The batch on the device, with its features, rounded to float16 whether they come from the cache or not."""
+        """The batch on the device with its features, which are rounded to float16 whether cached or not."""
         device = self.accelerator.device
         batch = dict(batch)
         if "image" in batch:
@@ -266,7 +267,7 @@ class _Learner:
         }
 
     def _check(self, step: int, losses: dict[str, float], norm: float) -> None:
-        """Raises WuerstchenError, in all processes, where losses or gradients are not finite."""
+        """Raises WuerstchenError, in all processes, if losses or gradients are not finite."""
         overflows = self.accelerator.scaler is not None and not math.isfinite(norm)
         self.overflows = self.overflows + 1 if overflows else 0
         passes = overflows and self.overflows < OVERFLOWS
@@ -301,8 +302,8 @@ def _accelerator(plan: Plan, task: Task):
 
 
 def _set_up_sharding(plugin) -> None:
-    """FSDP2 as a task needs it: as one unit, since its networks are called part by part; with weights in the mixed
-    precision, but what they are given, losses and the sum of gradients in float32."""
+    """FSDP2 as a task needs it: one unit, because its networks are called part by part; weights in the mixed precision;
+    inputs, losses and the sum of gradients in float32."""
     if plugin.fsdp_version != 2:
         raise WuerstchenError("sharded training needs FSDP2: set fsdp_version to 2 (accelerate config)")
     plugin.auto_wrap_policy = None

@@ -1,7 +1,6 @@
-"""What a run is made of at a step, on disk and in memory: weights, their average, the optimizer."""
+"""The state of a run at a step, in memory and on disk: weights, their average, the optimizer."""
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ...util.errors import WuerstchenError, first_line
 from . import record
 from .checkpoint import Checkpoints, Damaged
 from .task import Task
+from .weights import all_finite, averaging_copy, differing, gathered, move_average, sharded
 
 KEYS = {"task": str, "step": int, "weights": dict, "averaged": dict, "optimizer": dict, "scaler": object, "run": dict}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -79,7 +79,7 @@ class RunState:
         return self.model, self.optimizer
 
     def average(self, decay: float) -> None:
-        """The averaged weights move towards the present ones, by a share of 1 - decay."""
+        """Updates the averaged weights: decay * average + (1 - decay) * weights."""
         weights = self._weights()
         if self.averaged is not None:
             move_average(self.averaged, weights, decay)
@@ -219,7 +219,7 @@ class RunState:
             raise WuerstchenError(f"{self.checkpoints.last}: can't be read by all processes ({error})") from error
 
     def _check(self, state: dict) -> None:
-        """Raises Damaged where a state is not whole, and WuerstchenError where it is another task's."""
+        """Raises Damaged if a state is not whole, and WuerstchenError if it is another task's."""
         for key, type_ in KEYS.items():
             if not isinstance(state, dict) or key not in state or not isinstance(state[key], type_):
                 raise Damaged(f"it lacks {key!r}")
@@ -229,18 +229,18 @@ class RunState:
                 "another folder"
             )
         learned = self.task.learned()
-        for name, here, there in _differing(learned, state["weights"]):
+        for name, here, there in differing(learned, state["weights"]):
             raise WuerstchenError(
                 f"{self.checkpoints.last}: the checkpoint of another configuration: {name[:80]} is {there} there and "
                 f"{here} here. Train with the configuration that it had, or in another folder"
             )
-        for name, _, there in _differing(learned, state["averaged"]):
+        for name, _, there in differing(learned, state["averaged"]):
             raise Damaged(f"the average of {name[:80]} is {there}")
         trained = {name: tensor for name, tensor in learned.items() if tensor.requires_grad}
         tensors = [*state["weights"].values(), *state["averaged"].values()]
         for name, kept in state["optimizer"].items():
             expected = {moment: trained[name] for moment in MOMENTS} if name in trained else {}
-            if not isinstance(kept, dict) or any(_differing(expected | {"step": torch.zeros(())}, kept)):
+            if not isinstance(kept, dict) or any(differing(expected | {"step": torch.zeros(())}, kept)):
                 raise Damaged(f"its optimizer's state of {name[:80]} has other shapes")
             tensors += kept.values()
         if state["step"] < 0 or not all_finite(tensors):
@@ -291,76 +291,6 @@ def together(accelerator, work: Callable[[], Any]) -> Any:
     if told is not None:
         raise WuerstchenError(told)
     return result
-
-
-def averaging_copy(task: Task) -> Task:
-    """A copy in eval mode that shares with the task what is not learned."""
-    shared = [*task.frozen, *(parameter for parameter in task.parameters() if not parameter.requires_grad)]
-    copied = copy.deepcopy(task, {id(one): one for one in shared})
-    return copied.eval()
-
-
-@torch.no_grad()
-def move_average(averaged: Task, weights: dict[str, Tensor], decay: float) -> None:
-    for name, value in averaged.learned().items():
-        now = weights[name].to(value.device)
-        if value.is_floating_point():
-            value.lerp_(now, 1 - decay)
-        else:
-            value.copy_(now)
-
-
-def unsharded(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; then all processes must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gathered(tensors: dict[str, Tensor], is_main: bool) -> dict[str, Tensor]:
-    """Shards -> whole tensors on the CPU, on the main process alone; all processes must call it."""
-    whole = {}
-    for name, tensor in tensors.items():
-        full = unsharded(tensor)
-        if is_main:
-            whole[name] = full.cpu() if isinstance(full, Tensor) else full
-    return whole
-
-
-def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether no value of floats on one device, or of this process's shards, is NaN or infinite: a boolean there.
-
-    Each is read once, and nothing waits for the device.
-    """
-    local = [getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors]
-    extremes = [one.float() for each in local if each.is_floating_point() and each.numel() for one in each.aminmax()]
-    return torch.stack(extremes).isfinite().all() if extremes else torch.tensor(True)
-
-
-def sharded(values: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-    """Whole tensors -> this process's shards of them, laid out as the parameter is; numbers stay as they are."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(like, DTensor):
-        return values
-    return {
-        name: distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
-        if isinstance(value, Tensor) and value.shape == like.shape
-        else value
-        for name, value in values.items()
-    }
-
-
-def _differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """The names whose shapes differ, with both shapes."""
-    for name in [*ours, *theirs]:
-        here, there = (_shape(held.get(name)) for held in (ours, theirs))
-        if here != there:
-            yield str(name), here, there
-
-
-def _shape(value: Any) -> Any:
-    if value is None:
-        return "missing"
-    return list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 @torch.no_grad()
