@@ -1,8 +1,8 @@
 """2,000 damaged files, a hundred of them in the default run.
 
-Each is the network, one that differs in its values, or one error, at once and in little memory. What could make this pass
-though it should not: damage that changes nothing (told apart by the share of errors), a network that loads and cannot be
-used (so it is used), time and memory that nobody measures.
+Each is the network, one that differs in its values, or one error, at once and in little memory. What could make this
+pass though it should not: damage that changes nothing (told apart by the share of errors), a network that loads and
+cannot be used (so it is used), time and memory that nobody measures.
 """
 
 import os

@@ -16,7 +16,7 @@ from wuerstchen_core.checkpoints.peft_pattern import Pattern
 
 def test_they_match_what_peft_matches():
     draw, found = random.Random(0), 0
-    for _ in range(3000):
+    for _ in range(1000):
         atoms = [draw.choice(["a", "b", ".", r"\.", r"\d", "1"]) + draw.choice(["", "", "*", "+", "?"])
                  for _ in range(draw.randint(1, 5))]  # fmt: skip
         pattern = draw.choice(["", "", "^"]) + "".join(atoms) + draw.choice(["", "", "$", "|b.a", "|^a.*"])
@@ -24,7 +24,7 @@ def test_they_match_what_peft_matches():
         expected = re.match(rf"(.*\.)?({pattern})$", name) is not None
         assert Pattern(pattern).matches(name) == expected, (pattern, name)
         found += expected
-    assert 300 < found < 2700
+    assert 100 < found < 900
 
 
 @pytest.mark.parametrize(
