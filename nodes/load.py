@@ -10,15 +10,17 @@ class WuerstchenLoadModel(io.ComfyNode):
             node_id="WuerstchenLoadModel",
             display_name="Würstchen Load Model",
             category=sockets.CATEGORY,
-            description="Loads a whole set of Würstchen networks: the mini, or a folder of models/wuerstchen. The "
-            "published weights are single files: each network has a loader for those.",
+            description="Loads a whole set of Würstchen networks: the mini, or a folder in models/wuerstchen. The "
+            "published weights are single files; use the loader of each network for them.",
             inputs=[
                 io.Combo.Input(
                     "model",
                     options=list(host.model_sets()),
                     default="mini",
-                    tooltip="mini is in the node pack: emoji at 256 x 256. Others are folders of models/wuerstchen "
-                    "that hold a whole set of weights.",
+                    tooltip="mini comes with the node pack: emoji at 256 x 256. The others are the folders in "
+                    "models/wuerstchen that hold stage_a, stage_b, stage_c, text_encoder and semantic_compressor, all "
+                    ".safetensors (text_encoder_b and previewer are optional). ComfyUI's log names the files that a "
+                    "folder lacks.",
                 )
             ],
             outputs=[
@@ -26,22 +28,26 @@ class WuerstchenLoadModel(io.ComfyNode):
                     "text_encoder_c", display_name="text encoder (Stage C)", tooltip="The text encoder of Stage C."
                 ),
                 sockets.StageC.Output(
-                    "stage_c", display_name="Stage C", tooltip="Text to the small latent that decides the content."
+                    "stage_c",
+                    display_name="Stage C",
+                    tooltip="Turns text into the small latent that decides the content.",
                 ),
                 sockets.TextEncoder.Output(
                     "text_encoder_b", display_name="text encoder (Stage B)", tooltip="The text encoder of Stage B."
                 ),
                 sockets.StageB.Output("stage_b", display_name="Stage B", tooltip="Adds the detail."),
-                sockets.StageA.Output("stage_a", display_name="Stage A", tooltip="The VQGAN: latent and picture."),
+                sockets.StageA.Output(
+                    "stage_a", display_name="Stage A", tooltip="The VQGAN: turns latents into pictures and back."
+                ),
                 sockets.SemanticCompressor.Output(
                     "semantic_compressor",
                     display_name="semantic compressor",
-                    tooltip="Picture to the small latent that Stage C makes from text.",
+                    tooltip="Turns a picture into the kind of small latent that Stage C makes from text.",
                 ),
                 sockets.Previewer.Output(
                     "previewer",
                     display_name="previewer",
-                    tooltip="For previews of Stage C's latents; nothing if the set has none.",
+                    tooltip="Shows Stage C's latents as small pictures; empty if the set has no previewer.",
                 ),
             ],
         )
@@ -52,7 +58,7 @@ class WuerstchenLoadModel(io.ComfyNode):
         return io.NodeOutput(
             networks["text_encoder_c"],
             networks["stage_c"],
-            networks["text_encoder_b"],
+            networks.get("text_encoder_b"),
             networks["stage_b"],
             networks["stage_a"],
             networks["semantic_compressor"],
@@ -67,7 +73,7 @@ class NetworkLoader(io.ComfyNode):
 
     @classmethod
     def schema(cls, name: str, description: str, output: io.Output) -> io.Schema:
-        tooltip = f"A file of {host.places(cls.KIND)}. The published layouts are recognised from what is in the file."
+        tooltip = f"A file in {host.places(cls.KIND)}. Its layout is recognised from its content."
         return io.Schema(
             node_id=cls.__name__,
             display_name=f"Würstchen Load {name}",
@@ -89,7 +95,7 @@ class WuerstchenLoadStageA(NetworkLoader):
     def define_schema(cls):
         return cls.schema(
             "Stage A",
-            "Loads Stage A, the VQGAN. v1, v2 and Stable Cascade have the same one.",
+            "Loads Stage A, the VQGAN. v1, v2 and Stable Cascade share the same one.",
             sockets.StageA.Output(
                 display_name="Stage A", tooltip="For Würstchen VQGAN Decode and Würstchen VQGAN Encode."
             ),
@@ -127,7 +133,7 @@ class WuerstchenLoadTextEncoder(NetworkLoader):
     def define_schema(cls):
         return cls.schema(
             "Text Encoder",
-            "Loads the text tower of a CLIP. v2's Stage C was trained with CLIP bigG (width 1280; SDXL's "
+            "Loads the text encoder of a CLIP model. v2's Stage C was trained with CLIP bigG (width 1280; SDXL's "
             "clip_g.safetensors is one), Stage B and v1's Stage C with CLIP H (width 1024): use this node twice.",
             sockets.TextEncoder.Output(
                 display_name="text encoder",
@@ -143,7 +149,7 @@ class WuerstchenLoadSemanticCompressor(NetworkLoader):
     def define_schema(cls):
         return cls.schema(
             "Semantic Compressor",
-            "Loads the semantic compressor. Of v2 it is in the authors' file of Stage B, model_v2_stage_b.pt.",
+            "Loads the semantic compressor. v2's is in the authors' Stage B file, model_v2_stage_b.pt.",
             sockets.SemanticCompressor.Output(
                 display_name="semantic compressor", tooltip="For Würstchen Semantic Compress."
             ),
@@ -157,7 +163,7 @@ class WuerstchenLoadPreviewer(NetworkLoader):
     def define_schema(cls):
         return cls.schema(
             "Previewer",
-            "Loads a previewer, which shows latents of Stage C as small pictures. None is published: train one.",
+            "Loads a previewer, which shows Stage C's latents as small pictures. None has been published: train one.",
             sockets.Previewer.Output(
                 display_name="previewer", tooltip="For Würstchen Semantic Preview and Würstchen Stage C Sampler."
             ),

@@ -10,7 +10,7 @@ class WuerstchenLoadLoRA(io.ComfyNode):
             node_id="WuerstchenLoadLoRA",
             display_name="Würstchen Load LoRA",
             category=sockets.CATEGORY,
-            description="Changes what Stage C draws by a LoRA. Several, one after another, add up.",
+            description="Applies a LoRA to Stage C. Several of these nodes in a row add up.",
             inputs=[
                 sockets.StageC.Input(
                     "stage_c", tooltip="From Würstchen Load Stage C, Würstchen Load Model or another LoRA."
@@ -18,7 +18,7 @@ class WuerstchenLoadLoRA(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=list(host.weight_files("lora")),
-                    tooltip=f"A file of {host.places('lora')}: a LoRA for Würstchen's Stage C, which diffusers calls "
+                    tooltip=f"A file in {host.places('lora')}: a LoRA for Würstchen's Stage C, which diffusers calls "
                     "the prior.",
                 ),
                 io.Float.Input(
@@ -28,16 +28,16 @@ class WuerstchenLoadLoRA(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     round=0.01,
-                    tooltip="How much of the change: 0 is none of it, 1 what was trained, below 0 its opposite.",
+                    tooltip="0 has no effect, 1 applies the LoRA as trained, a negative value does the opposite.",
                 ),
             ],
             outputs=[
                 sockets.StageC.Output(
-                    display_name="Stage C", tooltip="With the LoRA; the Stage C that came in stays without it."
+                    display_name="Stage C", tooltip="Stage C with the LoRA; the one that came in is unchanged."
                 )
             ],
         )
 
     @classmethod
     def execute(cls, stage_c: host.Model, file: str, strength: float) -> io.NodeOutput:
-        return io.NodeOutput(host.with_lora(stage_c, file, strength))
+        return io.NodeOutput(host.with_lora(sockets.network(stage_c, "stage_c"), file, strength))

@@ -12,12 +12,12 @@ class WuerstchenSemanticPreview(io.ComfyNode):
             node_id="WuerstchenSemanticPreview",
             display_name="Würstchen Semantic Preview",
             category=sockets.CATEGORY,
-            description="Shows what a latent of Stage C is about, as a small picture, without Stage B.",
+            description="Shows a latent of Stage C as a small picture, without running Stage B.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From Würstchen Stage C Sampler or Würstchen Semantic Compress."),
                 sockets.previewer_input(),
             ],
-            outputs=[io.Image.Output(tooltip="Small pictures, 8 times the latent's size.")],
+            outputs=[io.Image.Output(tooltip="Small pictures, 8 pixels per position of the latent.")],
         )
 
     @classmethod
@@ -28,7 +28,7 @@ class WuerstchenSemanticPreview(io.ComfyNode):
             "Würstchen Semantic Preview",
             "Würstchen Stage C Sampler or Würstchen Semantic Compress",
         )
-        previewer = previewer or host.linear_preview()
-        device = previewer.load()
+        previewer = host.linear_preview() if previewer is None else sockets.network(previewer, "previewer")
+        device = previewer.load(host.PREVIEW_MEMORY * samples[:, 0].numel())
         images = preview(previewer.network, samples.to(device), previewer.dtype)
         return io.NodeOutput(host.to_intermediate(images))

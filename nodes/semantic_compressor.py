@@ -1,9 +1,13 @@
+import math
+
 import torch
 from comfy_api.latest import io
 
-from ..wuerstchen_core import Geometry
 from ..wuerstchen_core.pipeline import compress, fit
-from . import host, latents, sockets
+from . import host, images, latents, sockets
+
+# Peak memory of the released compressor in bytes per position of its latent.
+WORKING_MEMORY = 172 * 1024
 
 
 class WuerstchenSemanticCompress(io.ComfyNode):
@@ -13,23 +17,28 @@ class WuerstchenSemanticCompress(io.ComfyNode):
             node_id="WuerstchenSemanticCompress",
             display_name="Würstchen Semantic Compress",
             category=sockets.CATEGORY,
-            description="Picture to the small latent that Stage C makes from text, 42.67 : 1 a side. Stage B draws the "
-            "picture anew from it, Stage C changes it.",
+            description="Turns a picture into the kind of small latent that Stage C makes from text, 42.67 times "
+            "smaller a side. Stage B redraws the picture from it; Stage C can change it.",
             inputs=[
                 sockets.SemanticCompressor.Input(
                     "semantic_compressor", tooltip="From Würstchen Load Semantic Compressor or Würstchen Load Model."
                 ),
                 io.Image.Input(
-                    "image", tooltip="Of any size: it is scaled to cover width x height, and its middle is used."
+                    "image",
+                    tooltip="Any size: it is scaled to cover width x height, and the middle is used. Transparency is "
+                    "put on white.",
                 ),
                 *sockets.size_inputs("the picture to draw from the latent"),
             ],
-            outputs=[io.Latent.Output(tooltip="In Stage C's space.")],
+            outputs=[io.Latent.Output(tooltip="A latent of Stage C.")],
         )
 
     @classmethod
     def execute(cls, semantic_compressor: host.Model, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:
-        geometry = Geometry(width, height)
-        device = semantic_compressor.load()
-        image = fit(image[..., :3].to(device), geometry)
+        semantic_compressor = sockets.network(semantic_compressor, "semantic_compressor")
+        geometry = latents.picture_size(width, height)
+        image = images.rgb(image, "Würstchen Semantic Compress")
+        positions = math.prod(geometry.stage_c) * len(image)
+        device = semantic_compressor.load(WORKING_MEMORY * positions + 2 * image.numel() * image.element_size())
+        image = fit(image.to(device), geometry)
         return io.NodeOutput(latents.pack(compress(semantic_compressor.network, image), geometry))

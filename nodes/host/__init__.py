@@ -1,11 +1,12 @@
-"""All that the nodes need of ComfyUI itself: folders, devices and memory, progress and Cancel."""
+"""Everything the nodes need from ComfyUI itself: folders, devices and memory, progress and Cancel."""
 
 from .folders import model_sets, places, weight_files
-from .loading import LOADERS, Model, linear_preview, load_network, load_set, to_intermediate, with_lora
+from .loading import LOADERS, PREVIEW_MEMORY, Model, linear_preview, load_network, load_set, to_intermediate, with_lora
 from .progress import progress
 
 __all__ = [
     "LOADERS",
+    "PREVIEW_MEMORY",
     "Model",
     "linear_preview",
     "load_network",

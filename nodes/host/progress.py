@@ -14,8 +14,8 @@ from .loading import Model
 def progress(steps: int, previewer: Model | None = None) -> Progress:
     """Moves the node's bar after every step, and raises ComfyUI's interruption after Cancel.
 
-    With a previewer it shows the first of the batch as it is then, unless the user has chosen no previews (ComfyUI's
-    --preview-method, or its page's setting).
+    With a previewer it also shows the first picture of the batch at that step, unless the user has turned
+    previews off (ComfyUI's --preview-method, or its page's setting).
     """
     bar = comfy.utils.ProgressBar(steps)
     shows = previewer is not None and args.preview_method != LatentPreviewMethod.NoPreviews
@@ -32,8 +32,8 @@ def progress(steps: int, previewer: Model | None = None) -> Progress:
 def _preview(previewer: Model, latent: Tensor) -> tuple[str, Image.Image, int] | None:
     """latent (1, 16, p, q) -> format, picture and longest side in pixels, as ComfyUI sends them to its page.
 
-    It is computed where the previewer lies, which may have been moved since to make room. None where the latent is not
-    finite: what went wrong is the sampler's to say.
+    Computed on the previewer's current device, since ComfyUI may have moved it to make room. None if the latent is not
+    finite: the sampler reports that.
     """
     if not is_finite(latent):
         return None

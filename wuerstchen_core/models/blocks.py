@@ -106,11 +106,14 @@ class TimestepBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with biases everywhere; the four projections carry diffusers' names."""
+    """Multi-head attention with biases everywhere; the four projections carry diffusers' names.
 
-    def __init__(self, channels: int, heads: int, operations=nn):
+    In training mode each attention weight is dropped with probability `dropout`.
+    """
+
+    def __init__(self, channels: int, heads: int, dropout: float = 0.0, operations=nn):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.to_q = operations.Linear(channels, channels)
         self.to_k = operations.Linear(channels, channels)
         self.to_v = operations.Linear(channels, channels)
@@ -129,7 +132,8 @@ class Attention(nn.Module):
                 torch.cat([own, given.expand(own.shape[0], -1, -1, -1)], dim=2)
                 for own, given in zip((keys, values), context, strict=True)
             )
-        attended = F.scaled_dot_product_attention(query, keys, values)
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout)
         return self.to_out[0](rearrange(attended, "b heads n c -> b n (heads c)"))
 
     def _split(self, tokens: Tensor) -> Tensor:
@@ -139,10 +143,10 @@ class Attention(nn.Module):
 class AttnBlock(nn.Module):
     """Attention from the latent's positions to themselves and to the text."""
 
-    def __init__(self, channels: int, text_width: int, heads: int, operations=nn):
+    def __init__(self, channels: int, text_width: int, heads: int, dropout: float = 0.0, operations=nn):
         super().__init__()
         self.norm = LayerNorm2d()
-        self.attention = Attention(channels, heads, operations)
+        self.attention = Attention(channels, heads, dropout, operations)
         self.kv_mapper = nn.Sequential(nn.SiLU(), operations.Linear(text_width, channels))
 
     def condition(self, text: Tensor) -> tuple[Tensor, Tensor]:

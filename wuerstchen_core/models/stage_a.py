@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from .blocks import LayerNorm2d, to_planes, to_rows
 from .config import check_config, require
 
+DISTANCES = 1 << 24  # between latents and codebook
+
 
 @dataclass(frozen=True)
 class StageAConfig:
@@ -50,9 +52,13 @@ class Codebook(nn.Module):
         self.codebook = nn.Embedding(size, channels)
 
     def nearest(self, latent: Tensor) -> Tensor:
-        """(B, C, H, W) -> indices (B, H, W) of the closest vectors."""
-        points = to_rows(latent)
-        return torch.cdist(points.flatten(0, 2), self.codebook.weight).argmin(dim=1).view(points.shape[:3])
+        """(B, C, H, W) -> indices (B, H, W) of the closest vectors.
+
+        At most DISTANCES distances are in memory at a time.
+        """
+        points, codebook = to_rows(latent), self.codebook.weight
+        parts = points.flatten(0, 2).split(max(1, DISTANCES // len(codebook)))
+        return torch.cat([torch.cdist(part, codebook).argmin(dim=1) for part in parts]).view(points.shape[:3])
 
     def forward(self, indices: Tensor) -> Tensor:
         """indices (B, H, W) -> vectors (B, C, H, W)"""

@@ -19,7 +19,7 @@ class StageCConfig:
     heads: int = 24
     text_width: int = 1280
     time_width: int = 64
-    dropout: float = 0.0
+    dropout: float = 0.1  # in training mode only
 
 
 class Prior(nn.Module):
@@ -46,7 +46,7 @@ class Prior(nn.Module):
         for _ in range(config.depth):
             self.blocks.append(ResBlock(width, dropout=config.dropout, operations=operations))
             self.blocks.append(TimestepBlock(width, config.time_width, operations))
-            self.blocks.append(AttnBlock(width, width, config.heads, operations))
+            self.blocks.append(AttnBlock(width, width, config.heads, config.dropout, operations))
         self.out = nn.Sequential(LayerNorm2d(), operations.Conv2d(width, config.latent_channels * 2, 1))
 
     def condition(self, text: Tensor) -> list:

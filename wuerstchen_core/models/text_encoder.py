@@ -7,11 +7,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..util.checks import shown
 from ..util.errors import WuerstchenError
 from .blocks import check_heads
 from .config import check_config, require
 from .prompt import parse_emphasis
 
+LONGEST_WORD = 500  # letters; a longer one is read in parts, since byte-pair encoding takes quadratic time
+# CLIP's words. `<start_of_text>` and `<end_of_text>` are not among them: who types them means the letters.
+WORD = rf"""'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}{{1,{LONGEST_WORD}}}|\p{{N}}|[^\s\p{{L}}\p{{N}}]{{1,{LONGEST_WORD}}}"""
+MAX_WEIGHT = 1000.0
 OLDEST_OPEN_CLIP = (2, 27)  # before it the layers of its text tower stood otherwise, and it was built otherwise
 
 
@@ -35,6 +40,8 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(self, config: TextEncoderConfig = TextEncoderConfig()):
+        import regex
+
         super().__init__()
         check_config(config)
         check_heads(config.width, config.heads)
@@ -42,6 +49,7 @@ class TextEncoder(nn.Module):
         self.config = config
         open_clip = _open_clip()
         self.tokenizer = open_clip.tokenizer.SimpleTokenizer()
+        self.tokenizer.pat = regex.compile(WORD, regex.IGNORECASE)
         tokens = self.tokenizer.vocab_size
         require(
             config.vocabulary == tokens, f"vocabulary is {config.vocabulary}: CLIP's, the only one here, is {tokens}"
@@ -81,6 +89,11 @@ class TextEncoder(nn.Module):
         chunks: list[list[tuple[int, float]]] = [[]]
         word: list[tuple[int, float]] = []
         for text, weight in parse_emphasis(prompt):
+            if abs(weight) > MAX_WEIGHT:
+                raise WuerstchenError(
+                    f"the weight of {shown(text)} in the prompt is {weight:g}: it must be from {-MAX_WEIGHT:g} to "
+                    f"{MAX_WEIGHT:g}"
+                )
             for token in self.tokenizer.encode(text):
                 word.append((token, weight))
                 if self.tokenizer.decoder[token].endswith("</w>") or len(word) == room:

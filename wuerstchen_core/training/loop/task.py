@@ -23,6 +23,8 @@ class Task(nn.Module):
 
     frozen: tuple[nn.Module, ...] = ()
     feature_files: tuple[Path, ...] = ()  # of the networks that make `features`; without, there is nothing to cache
+    feature_key: str = ""  # what else `features` depend on: a cache keeps those of another key apart
+    reads_captions: bool = False
     leaves_out: bool = False  # whether there are steps that leave parameters without a gradient
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:

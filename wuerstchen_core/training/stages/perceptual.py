@@ -44,7 +44,7 @@ class PerceptualDistance(nn.Module):
         with torch.no_grad():
             expected = self._unit_features(pictures)
         total = drawn.new_zeros(len(drawn), dtype=torch.float32)
-        for weight, one, other in zip(self.weights, self._unit_features(drawn), expected):
+        for weight, one, other in zip(self.weights, self._unit_features(drawn), expected, strict=True):
             total = total + torch.einsum("c, b c h w -> b h w", weight, (one - other).square()).mean(dim=(1, 2))
         return total
 
