@@ -16,7 +16,7 @@ from wuerstchen_core.checkpoints.peft_pattern import Pattern
 
 def test_they_match_what_peft_matches():
     draw, found = random.Random(0), 0
-    for _ in range(3000):
+    for _ in range(1000):
         atoms = [draw.choice(["a", "b", ".", r"\.", r"\d", "1"]) + draw.choice(["", "", "*", "+", "?"])
                  for _ in range(draw.randint(1, 5))]  # fmt: skip
         pattern = draw.choice(["", "", "^"]) + "".join(atoms) + draw.choice(["", "", "$", "|b.a", "|^a.*"])
@@ -24,7 +24,7 @@ def test_they_match_what_peft_matches():
         expected = re.match(rf"(.*\.)?({pattern})$", name) is not None
         assert Pattern(pattern).matches(name) == expected, (pattern, name)
         found += expected
-    assert 300 < found < 2700
+    assert 100 < found < 900
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_what_could_take_for_ever_is_refused(tmp_path, pattern):
 
 def test_a_pattern_for_every_module_takes_no_time(tmp_path):
     """As peft writes it where alphas differ; and many that must be followed letter by letter are refused."""
-    names = [f"blocks.{3 * i + 2}.attention.to_{name}" for i in range(100) for name in "qkv"]
+    names = [f"blocks.{3 * i + 2}.attention.to_{name}" for i in range(50) for name in "qkv"]
     tensors = {key: tensor for name in names for key, tensor in pair(name, lora_A=torch.ones(1, 2),
                                                                     lora_B=torch.ones(2, 1)).items()}  # fmt: skip
     told = {name: float(i) for i, name in enumerate(names)}

@@ -78,7 +78,7 @@ def _is_record(hint) -> bool:
 def _converted(name: str, hint, value):
     if _is_record(hint):
         hints = _hints(hint)
-        if isinstance(value, list):  # of a NamedTuple
+        if isinstance(value, list) and issubclass(hint, tuple):  # JSON has a NamedTuple as a list
             require(len(value) <= len(hints), f"{name} has {len(value)} values: a {hint.__name__} has {len(hints)}")
             value = dict(zip(hints, value, strict=False))
         require(isinstance(value, Mapping), f"{name} is {_shown(value)}: it must be a {hint.__name__}")
