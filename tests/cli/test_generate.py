@@ -142,7 +142,6 @@ def test_other_commands_take_single_networks_too(tiny_folder, others, capsys):
         (["--sampler", "euler"], "euler"),
         (["--batch", "0"], "batch_size is 0"),
         (["--seed", str(2**64)], "seed is 18446744073709551616"),
-        (["--seed", "9" * 5000], "argument --seed"),
         (["--cfg-c", "nan"], "cfg_c is nan"),
         (["--cfg-b", "inf"], "cfg_b is inf"),
         (["--steps-c", "1000000000000"], "steps_c is 1000000000000"),

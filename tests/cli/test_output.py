@@ -53,3 +53,10 @@ def test_a_name_with_control_characters_does_not_reach_the_terminal(capsys):
     assert cli.main(["inspect", "a\x1b]52;x\nb.safetensors"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "\x1b" not in error and len(error) < 500
+
+
+def test_an_argument_that_is_no_number_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "a cat", "--seed", "9" * 5000])
+    error = capsys.readouterr().err
+    assert error.startswith("wuerstchen: argument --seed: ") and error.count("\n") == 1 and len(error) < 600
