@@ -22,7 +22,7 @@ def facts(data: DataOptions) -> dict[str, Any]:
     kept = {"size": data.size, "buckets": data.buckets, "batch": data.batch}
     if isinstance(source, str) and is_shard(source) and not os.path.isdir(source):
         return kept | {"data": _of_shards(expand(source)), "workers": max(1, data.workers)}
-    return kept | {"data": _of_source(FolderSource(source) if isinstance(source, str) else source)}
+    return kept | {"data": _of_source(FolderSource(source, data.caption_key) if isinstance(source, str) else source)}
 
 
 def tell_changes(folder: Path, step: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
