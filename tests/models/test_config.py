@@ -91,7 +91,7 @@ def test_a_file_whose_configuration_cannot_be_is_one_line(tmp_path):
             ("stages", [[1] * 9]),
         ]
         for field, value in cases:
-            if (field, value) == ("latent_space", {}):  # the default one
+            if (field, value) == ("latent_space", {}) or type(told.get(field)) is type(value) is bool:  # these can be
                 continue
             header = {"network": kind, "config": told | {field: value}}
             save_file(tensors, path, {METADATA_KEY: json.dumps(header)})
