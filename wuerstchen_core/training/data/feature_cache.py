@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ...checkpoints.safetensors_file import save_file
 from ...util.atomic import replacing
 from ...util.errors import WuerstchenError
 from .files import check_regular
