@@ -38,17 +38,20 @@ class Geometry:
     @property
     def stage_a(self) -> tuple[int, int]:
         """(rows, columns) of the latent of Stages A and B."""
-        return tuple(side // STAGE_A_FACTOR for side in self.work)
+        height, width = self.work
+        return height // STAGE_A_FACTOR, width // STAGE_A_FACTOR
 
     @property
     def stage_c(self) -> tuple[int, int]:
         """(rows, columns) of the latent of Stage C: ceil(side / 42.67)."""
-        return tuple(-(-side * 3 // 128) for side in self.work)
+        height, width = self.work
+        return -(-height * 3 // 128), -(-width * 3 // 128)
 
     @property
     def compressor(self) -> tuple[int, int]:
         """(height, width) in pixels that the semantic compressor sees."""
-        return tuple(side * SEMANTIC_FACTOR for side in self.stage_c)
+        rows, columns = self.stage_c
+        return rows * SEMANTIC_FACTOR, columns * SEMANTIC_FACTOR
 
     @property
     def margins(self) -> tuple[int, int, int, int]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,9 +145,10 @@ def sample_stage_b(
     if guided:
         features = torch.cat([features, torch.zeros_like(features)])
     texts = None
-    if text is not None or negative is not None:
-        text = torch.zeros_like(negative) if text is None else text
-        negative = torch.zeros_like(text) if negative is None else negative
+    either = negative if text is None else text
+    if either is not None:
+        nothing = torch.zeros_like(either)
+        text, negative = (nothing if one is None else one for one in (text, negative))
         texts = _texts("Stage B", config.text_width, batch, text, negative, guided).to(device)
 
     def run(dtype: torch.dtype) -> Tensor:
@@ -271,7 +273,8 @@ class Wuerstchen:
         dtype: torch.dtype = torch.float32,
     ) -> "Wuerstchen":
         """One file per network. Raises WuerstchenError for a file that is not what its name here says."""
-        encoder_c = encoder_b = load_text_encoder(text_encoder_c, device, dtype)
+        encoder_c = load_text_encoder(text_encoder_c, device, dtype)
+        encoder_b: TextEncoder | None = encoder_c
         if text_encoder_b is None:
             encoder_b = None
         elif Path(text_encoder_b) != Path(text_encoder_c):
@@ -363,9 +366,8 @@ class Wuerstchen:
             latent = compress(self.semantic_compressor, fit(image.to(device), geometry))
             latent = latent.repeat(batch // count, 1, 1, 1)
         semantic = sample_stage_c(self.stage_c, latent, text_c[0], text_c[-1], options_c, progress=report("Stage C"))
-        latent = sample_stage_b(
-            self.stage_b, semantic, geometry, *text_b, options=options_b, progress=report("Stage B")
-        )
+        text, negative = [*text_b, None, None][:2]
+        latent = sample_stage_b(self.stage_b, semantic, geometry, text, negative, options_b, progress=report("Stage B"))
         return decode(self.stage_a, latent, geometry)
 
     def _read(self, prompt: str, negative: str, guided_c: bool, guided_b: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -535,10 +537,11 @@ def _finite(result: Tensor, network: str, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def _in_float32(network: nn.Module) -> Iterator[None]:
     """The network's weights in float32, until it is left: then they are the ones that they were."""
-    replaced = []
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for module in network.modules():
-            for tensors in (module._parameters, module._buffers):
+            held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in held:
                 for name, tensor in tensors.items():
                     if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32:
                         wide = tensor.float()

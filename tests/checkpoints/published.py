@@ -80,7 +80,7 @@ class Renamed(nn.Module):
         return {self.rename(name): tensor for name, tensor in self.network.state_dict().items()}
 
     def load_state_dict(self, weights):
-        self.network.load_state_dict(dict(zip(self.network.state_dict(), weights.values())))
+        self.network.load_state_dict(dict(zip(self.network.state_dict(), weights.values(), strict=True)))
 
 
 def prior(published=False):
@@ -184,7 +184,7 @@ def run_text_encoder(network):
         network = getattr(network, "text_model", network)
         padded = tokens.masked_fill(torch.arange(77) >= lengths[:, None], 49407)
         hidden = network(input_ids=padded).last_hidden_state
-    return torch.cat([row[:length] for row, length in zip(hidden, lengths)])
+    return torch.cat([row[:length] for row, length in zip(hidden, lengths, strict=True)])
 
 
 RUNS = {

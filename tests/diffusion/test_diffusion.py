@@ -1,6 +1,7 @@
 """Schedule, samplers and guidance against formulas in float64 and diffusers' scheduler."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_alpha_bar_is_the_clamped_cosine():
 def test_add_noise_keeps_the_variance():
     clean, noise = torch.full((2, 3), 2.0), torch.full((2, 3), 5.0)
     noisy = add_noise(clean, noise, torch.tensor([0.2, 0.7]))
-    for row, t in zip(noisy, (0.2, 0.7)):
+    for row, t in zip(noisy, (0.2, 0.7), strict=True):
         assert row[0].item() == pytest.approx(math.sqrt(signal(t)) * 2 + math.sqrt(1 - signal(t)) * 5, rel=1e-6)
 
 
@@ -53,7 +54,7 @@ def test_times_fall_from_denoise_to_zero(schedule, denoise):
     times = sampling_times(7, schedule, denoise)
     assert len(times) == 8
     assert times[0] == pytest.approx(denoise) and times[-1] == 0
-    assert all(t > u for t, u in zip(times, times[1:]))
+    assert all(t > u for t, u in pairwise(times))
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 3, "denoise": 1.1}, {"steps": 3, "schedule": "odd"}])
@@ -83,7 +84,7 @@ def test_samplers_are_their_formulas_in_float64():
     noises = [torch.randn_like(start) for _ in times]
 
     ddpm, ddim = start, start
-    for t, u, z in zip(times, times[1:], noises):
+    for t, u, z in zip(times, times[1:], noises, strict=False):
         alpha = signal(t) / signal(u)
         mean = (ddpm - (1 - alpha) * predictor(ddpm, t) / math.sqrt(1 - signal(t))) / math.sqrt(alpha)
         spread = math.sqrt((1 - alpha) * (1 - signal(u)) / (1 - signal(t)))

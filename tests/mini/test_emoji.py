@@ -50,7 +50,7 @@ CHARS = {"1f534": "disc", "27a1": "arrow", "1fa85-1f3fb": "pinata-light-skin-ton
 def write_packages(folder, fluent=FLUENT):
     modules = folder / "node_modules"
     files = {"icons.json": fluent, "chars.json": {}}, {"icons.json": NOTO, "chars.json": CHARS}, {}
-    for package, contents in zip(data.PACKAGES, files):
+    for package, contents in zip(data.PACKAGES, files, strict=True):
         (modules / package).mkdir(parents=True)
         about = {"name": package, "version": data.PACKAGES[package], "license": "MIT"}
         for name, value in {"package.json": about, **contents}.items():

@@ -159,7 +159,7 @@ def text_encoder():
         to = f"encoder.layers.{i}."
         for kind in ("weight", "bias"):
             fused = getattr(block.attn, f"in_proj_{kind}").chunk(3)
-            parts = dict(zip(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), fused))
+            parts = dict(zip(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), fused, strict=True))
             parts |= {
                 "self_attn.out_proj": getattr(block.attn.out_proj, kind),
                 "layer_norm1": getattr(block.ln_1, kind),

@@ -110,7 +110,8 @@ def weights_of(text, weight=1.0):
             parts.append(part)
             part = []
     found = []
-    for part in [*parts, part] if part else parts:
+    parts += [part] if part else []
+    for part in parts:
         if part[0] != "(" or part[-1] != ")" or len(part) < 2:
             found.append(("".join(token[-1] for token in part), weight))
             continue

@@ -13,6 +13,7 @@ except ImportError:  # Python 3.10
 import wuerstchen_core as w
 from wuerstchen_core import cli
 from wuerstchen_core.checkpoints.sets import MINI
+from wuerstchen_core.mini.recipe import LARGEST_ERROR
 from wuerstchen_core.models.semantic_compressor import BackboneStage, SemanticCompressorConfig
 from wuerstchen_core.models.stage_b import StageBConfig
 from wuerstchen_core.models.stage_c import StageCConfig
@@ -98,6 +99,21 @@ def test_files_that_are_none(tmp_path):
 def test_a_plan_out_of_range_is_refused(changes, told):
     with pytest.raises(w.WuerstchenError, match=told):
         Plan(**{"steps": 3, **changes})
+
+
+@pytest.mark.parametrize("folder", ["", " ", "\n"])
+def test_a_run_without_a_folder_is_refused(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(w.WuerstchenError, match="folder is empty: name the folder"):
+        w.train("stage-c", config="mini", folder=folder)
+    assert cli.main(["train", "lora", "--config", "mini", "--folder", folder]) == 2
+    assert "folder is empty" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["stage-b", "stage-c", "lora"])
+def test_the_minis_diffusion_losses_are_limited_as_when_it_was_trained(stage):
+    path = command.CONFIGS / "mini" / f"{command.STAGES[stage][0]}.toml"
+    assert values(stage, load(str(path)))["largest_error"] == LARGEST_ERROR
 
 
 def classes(stage):

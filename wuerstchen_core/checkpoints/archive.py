@@ -155,7 +155,9 @@ def _open_sharded(index: Path) -> Archive:
     places = json_object(f"{index}: it", file.read(0, file.size)).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise WuerstchenError(f"{index}: not a list of the parts of a model: it has no weight_map of names and files")
-    tensors, stored, metadata = {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    stored: dict[str, Stored] = {}
+    metadata: dict[str, str] = {}
     for name, count in Counter(places.values()).items():
         if Path(name).name != name or "\\" in name or name == "..":
             raise WuerstchenError(f"{index}: it lists {name}, which is not beside it")

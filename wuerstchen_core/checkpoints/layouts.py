@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Size
 
@@ -62,7 +63,7 @@ class Part:
     kind: str
     layout: str
     prefix: str
-    config: object
+    config: Any
 
 
 class Shapes(dict[str, Size]):

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +30,8 @@ from .safetensors_file import save_file
 from .stored import json_object
 
 METADATA_KEY = "wuerstchen"
+
+Network = TypeVar("Network", bound=nn.Module)
 
 NETWORKS = {
     "stage_a": (VQGAN, StageAConfig),
@@ -54,7 +57,8 @@ COUNTS: dict[str, Callable[..., int]] = {
 def save(network: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Writes a network's weights and configuration to `path`, whole or not at all; floats as `dtype` if given."""
     kind = next(kind for kind, (cls, _) in NETWORKS.items() if isinstance(network, cls))
-    header = json.dumps({"network": kind, "config": dataclasses.asdict(network.config)})
+    config: Any = network.config
+    header = json.dumps({"network": kind, "config": dataclasses.asdict(config)})
     tensors = {
         name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in network.state_dict().items()
@@ -75,36 +79,36 @@ def load_stage_a(path: str | Path, device="cpu", dtype: torch.dtype | None = tor
         WuerstchenError: the file is not a whole file of this network, its weights are not all finite in `dtype`, or
             there is not enough memory for them.
     """
-    return load_network("stage_a", path, device, dtype, operations=operations)
+    return _load(VQGAN, "stage_a", path, device, dtype, operations=operations)
 
 
 def load_stage_b(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, operations=nn) -> DiffNeXt:
     """Stage B from `path`, ready for inference; see `load_stage_a`."""
-    return load_network("stage_b", path, device, dtype, operations=operations)
+    return _load(DiffNeXt, "stage_b", path, device, dtype, operations=operations)
 
 
 def load_stage_c(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, operations=nn) -> Prior:
     """Stage C from `path`, its EMA where it has one, ready for inference; see `load_stage_a`."""
-    return load_network("stage_c", path, device, dtype, operations=operations)
+    return _load(Prior, "stage_c", path, device, dtype, operations=operations)
 
 
 def load_semantic_compressor(
     path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32
 ) -> SemanticCompressor:
     """The semantic compressor from `path`, which may be the published Stage B; see `load_stage_a`."""
-    return load_network("semantic_compressor", path, device, dtype)
+    return _load(SemanticCompressor, "semantic_compressor", path, device, dtype)
 
 
 def load_text_encoder(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32) -> TextEncoder:
     """A text encoder from `path`, a CLIP's with or without its vision tower; see `load_stage_a`."""
-    return load_network("text_encoder", path, device, dtype)
+    return _load(TextEncoder, "text_encoder", path, device, dtype)
 
 
 def load_previewer(
     path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, operations=nn
 ) -> Previewer:
     """A previewer from `path`, in our layout, which is the only one; see `load_stage_a`."""
-    return load_network("previewer", path, device, dtype, operations=operations)
+    return _load(Previewer, "previewer", path, device, dtype, operations=operations)
 
 
 def outline(path: str | Path, kind: str) -> nn.Module:
@@ -139,6 +143,12 @@ def load_network(
     except MemoryError as error:
         raise WuerstchenError(f"{archive.path}: there is not enough memory for it") from error
     return network.eval().requires_grad_(False)
+
+
+def _load(cls: type[Network], kind: str, path: str | Path, device, dtype: torch.dtype | None, **options) -> Network:
+    network = load_network(kind, path, device, dtype, **options)
+    assert isinstance(network, cls)
+    return network
 
 
 def _read(archive: Archive, found: Mapping[str, Source | None], device, dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,16 +13,16 @@ from .layouts import Part
 
 
 class Source(NamedTuple):
-    """Where a tensor of ours comes from: tensors of one shape, joined along the first axis, and an index into that."""
+    """Where a tensor of ours comes from: tensors of one shape, joined along the first axis, and slices of that."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
-    index: tuple[slice, ...] | None = None
+    slices: tuple[slice, ...] | None = None
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         """Our tensor, from those of the names."""
         tensor = torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
-        return tensor if self.index is None else tensor[self.index]
+        return tensor if self.slices is None else tensor[self.slices]
 
 
 def sources(archive: Archive, part: Part, shapes: Mapping[str, torch.Size]) -> dict[str, Source | None]:
@@ -39,10 +39,10 @@ def sources(archive: Archive, part: Part, shapes: Mapping[str, torch.Size]) -> d
             "not supported: take the file in float16, bfloat16 or float32"
         )
     rename = RENAMES.get((part.kind, part.layout), _same)
-    found = {}
-    for name, shape in shapes.items():
-        names, shape, index = rename(name, shapes)
-        source = Source(tuple(part.prefix + name for name in names), shape, index)
+    found: dict[str, Source | None] = {}
+    for name in shapes:
+        names, shape, slices = rename(name, shapes)
+        source = Source(tuple(part.prefix + theirs for theirs in names), shape, slices)
         missing = [name for name in source.names if name not in archive.tensors]
         if name.endswith("num_batches_tracked") and (missing or archive.tensors[source.names[0]].dtype != torch.int64):
             found[name] = None

@@ -47,13 +47,13 @@ def read_zip(file: RegularFile) -> tuple[dict[str, Tensor], dict[str, Stored]]:
     if records.content("byteorder", 16, b"little") != b"little":
         raise WuerstchenError(f"{file.path}: its numbers are stored the other way round (big-endian): save it again")
     unpickler = Unpickler(io.BytesIO(pickled), encoding="utf-8")
-    unpickler.persistent_load = records.storage
+    unpickler.persistent_load = records.storage  # type: ignore[method-assign]
     tensors = _unpickled(file.path, unpickler.load, limit=len(pickled) // BYTES_PER_ENTRY)
     stored = {}
     for name, tensor in tensors.items():
         record = records.of(tensor)
         if record is not None and _is_plain(tensor):
-            first = tensor.storage_offset() * tensor.dtype.itemsize
+            first = int(tensor.storage_offset()) * tensor.dtype.itemsize
             size = span(tensor) * tensor.dtype.itemsize if tensor.numel() else 0
             if first + size > record.size:
                 raise WuerstchenError(f"{file.path}: damaged: {name} reaches beyond the bytes that are there for it")

@@ -92,4 +92,4 @@ def save_file(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in by_alignment:
             if tensor.numel():
-                file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+                file.write(tensor.view(-1).view(torch.uint8).numpy().data)

@@ -33,12 +33,12 @@ def find_set(folder: str | Path, given: Mapping[str, Path] | None = None) -> dic
 
     Raises WuerstchenError naming those that are missing, or where the folder cannot be searched.
     """
-    given = given or {}
     paths = {role: Path(folder) / name for role, name in SET.items()}
     missing = [path.name for role, path in paths.items() if role not in OPTIONAL and not is_there(path)]
     if missing:
         raise WuerstchenError(f"{folder}: not a whole set of weights, {', '.join(missing)} missing")
-    paths = {role: path for role, path in paths.items() if role not in OPTIONAL or is_there(path)} | given
+    paths = {role: path for role, path in paths.items() if role not in OPTIONAL or is_there(path)}
+    paths |= given or {}
     if "text_encoder_b" not in paths and _fits_stage_b(paths["text_encoder_c"], paths["stage_b"]):
         paths["text_encoder_b"] = paths["text_encoder_c"]
     return paths

@@ -100,7 +100,7 @@ class Stored:
             content = torch.empty(elements * outline.dtype.itemsize, dtype=torch.uint8)
         except (RuntimeError, MemoryError) as error:
             raise WuerstchenError(f"{self.file.path}: there is not enough memory for it") from error
-        view = memoryview(content.numpy())
+        view = content.numpy().data
         self.file.read_into(view, self.offset)
         if self.crc is not None and zlib.crc32(view) != self.crc:
             raise WuerstchenError(f"{self.file.path}: damaged: its content is not that of its checksum; fetch it again")
@@ -135,9 +135,9 @@ def json_object(source: object, text: str | bytearray) -> dict:
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{twice} is in it twice")
+    content: dict[str, object] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{name} is in it twice")
+        content[name] = value
     return content

@@ -15,9 +15,10 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a pipe of another encoding has no ü and no emoji: spell them out
             stream.reconfigure(errors="backslashreplace")
     parser = _parser()
-    options, options.rest = parser.parse_known_args(arguments)
-    if options.rest and "stage" not in options:
-        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
+    options, rest = parser.parse_known_args(arguments)
+    options.rest = rest
+    if rest and "stage" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         options.run(options)
     except WuerstchenError as error:

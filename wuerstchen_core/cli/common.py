@@ -2,9 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from ..util.errors import WuerstchenError, one_line
+from ..util.errors import WuerstchenError, first_line, one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,7 +46,7 @@ def load_model(options: argparse.Namespace):
     from ..pipeline import Wuerstchen
 
     check_device(options.device)
-    paths = find_set(MINI if options.model is None else options.model, given_networks(options))
+    paths: dict[str, Any] = find_set(MINI if options.model is None else options.model, given_networks(options))
     return Wuerstchen.from_files(**paths, device=options.device)
 
 
@@ -60,8 +60,7 @@ def check_device(name: str) -> None:
     try:
         torch.zeros(1, device=name).item()  # which "meta", a device without values, can't do
     except Exception as error:  # what torch raises depends on how it was built
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise WuerstchenError(f"device {name!r} can't be used: {reason}") from error
+        raise WuerstchenError(f"device {name!r} can't be used: {first_line(error)}") from error
 
 
 def check_text(option: str, text: str) -> None:

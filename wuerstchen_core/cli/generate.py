@@ -46,10 +46,10 @@ def add_commands(commands) -> None:
             default = getattr(defaults, name)
             what = f"Stage {stage.upper()}: {about[name]} (default: {default:g})"
             generate.add_argument(f"--{name}-{stage}", type=type_, default=default, metavar=metavar, help=what)
-    for name, type_, metavar in (("seed", int, "N"), ("sampler", str, "NAME"), ("schedule", str, "NAME")):
+    for name, kind, metavar in (("seed", int, "N"), ("sampler", str, "NAME"), ("schedule", str, "NAME")):
         default = getattr(STAGE_C, name)
         what = ("Stage C: " if name == "schedule" else "") + f"{about[name]} (default: {default})"
-        generate.add_argument(f"--{name}", type=type_, default=default, metavar=metavar, help=what)
+        generate.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=what)
     add_model(generate)
 
 

@@ -37,8 +37,8 @@ def caption(description: Description, generator: random.Random) -> str:
     else:
         subject = d.name
         if style and generator.random() < 0.2:
-            spellings = f"{d.style} emoji of {with_article(d.name)}", f"{d.style} {d.name}"
-            subject, style = generator.choice(spellings), None
+            subjects = f"{d.style} emoji of {with_article(d.name)}", f"{d.style} {d.name}"
+            subject, style = generator.choice(subjects), None
         if size and generator.random() < 0.75:
             subject = f"{size} {subject}"
         elif size:
@@ -49,12 +49,12 @@ def caption(description: Description, generator: random.Random) -> str:
             tail.append(f", {generator.choice(keywords)}")
 
     if style:
-        spellings = (", {} style", ", {} style", " in {} style", " in the {} style", ", {} emoji", ", {}")
-        tail.append(generator.choice(spellings).format(style))
+        styles = (", {} style", ", {} style", " in {} style", " in the {} style", ", {} emoji", ", {}")
+        tail.append(generator.choice(styles).format(style))
     if d.background:
         colour = generator.choice(COLOUR_WORDS.get(d.background, (d.background,)))
-        spellings = (" on {a} background", ", {} background", " on {}", ", on {a} background", " with {a} background")
-        tail.append(generator.choice(spellings).format(colour, a=with_article(colour)))
+        backgrounds = (" on {a} background", ", {} background", " on {}", ", on {a} background", " with {a} background")
+        tail.append(generator.choice(backgrounds).format(colour, a=with_article(colour)))
     if d.place:
         tail.append(generator.choice((" {}", ", {}")).format(d.place))
 

@@ -188,7 +188,9 @@ class EmojiSet:
         while not (coloured or resized):
             coloured, resized = generator.random() < 0.7, generator.random() < 0.4
         background, size, place = None, None, None
-        colour, scale, centre = (1.0, 1.0, 1.0), SCALE, (0.5, 0.5)
+        colour: tuple[float, ...] = (1.0, 1.0, 1.0)
+        scale = SCALE
+        centre: tuple[float, ...] = (0.5, 0.5)
         if coloured:
             background = generator.choice(list(COLOURS))
             jitter = [generator.uniform(-COLOUR_JITTER, COLOUR_JITTER) for _ in range(3)]

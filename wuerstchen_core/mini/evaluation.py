@@ -100,7 +100,8 @@ def _draw(model: Wuerstchen, captions: list[str], side: int, name: str) -> Itera
         batch = captions[start : start + BATCH]
         latent = torch.zeros(len(batch), model.stage_c.config.latent_channels, *geometry.stage_c)
         semantic = pipeline.sample_stage_c(model.stage_c, latent, model.text_encoder_c(batch), empty, seed=start)
-        latent = pipeline.sample_stage_b(model.stage_b, semantic, geometry, model.text_encoder_b(batch), seed=start)
+        text_b = None if model.text_encoder_b is None else model.text_encoder_b(batch)
+        latent = pipeline.sample_stage_b(model.stage_b, semantic, geometry, text_b, seed=start)
         yield from pipeline.decode(model.stage_a, latent, geometry)
 
 
@@ -108,7 +109,7 @@ def _is_nearest(image: Tensor, i: int, emoji: EmojiSet, references: Tensor) -> b
     """Whether no plain picture of its style is nearer to the image (H, W, 3) than that of emoji `i`."""
     likeness = references @ _thumbnail(rearrange(image, "h w c -> c h w"))
     rivals = torch.tensor([entry["style"] == emoji.entries[i]["style"] for entry in emoji.entries])
-    return (likeness[i] >= likeness[rivals].max()).item()
+    return bool(likeness[i] >= likeness[rivals].max())
 
 
 def _background(image: Tensor) -> str:

@@ -223,12 +223,13 @@ class PictureDecoder(nn.Module):
             layers.append(ResBlock(width))
             if narrower:
                 layers += [LayerNorm2d(), nn.ConvTranspose2d(width, narrower, 2, stride=2)]
-        layers += [LayerNorm2d(), nn.Conv2d(widths[-1], 3 * 4**2, 3, padding=1), nn.PixelShuffle(4)]
-        nn.init.zeros_(layers[-2].weight)
+        last = nn.Conv2d(widths[-1], 3 * 4**2, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        layers += [LayerNorm2d(), last, nn.PixelShuffle(4)]
         self.layers = nn.Sequential(*layers)
         linear = nn.Conv2d(16, 3 * PATCH**2, 1)
         linear.weight.data = (patches.directions * patches.deviations[:, None]).T[:, :, None, None].contiguous()
-        linear.bias.data = patches.mean
+        linear.bias = nn.Parameter(patches.mean)
         self.linear = nn.Sequential(linear, nn.PixelShuffle(PATCH))
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -266,12 +267,13 @@ def train_semantic_compressor(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     """
     generator = random.Random(plan.seed)
     patches = PatchComponents.of(_small(torch.stack([_draw(emoji, generator)[0] for _ in range(400)])))
-    networks = nn.ModuleDict({"compressor": SemanticCompressor(COMPRESSOR), "decoder": PictureDecoder(patches)})
+    compressor = SemanticCompressor(COMPRESSOR)
+    networks = nn.ModuleDict({"compressor": compressor, "decoder": PictureDecoder(patches)})
 
     def loss(generator: random.Random) -> Tensor:
         drawn = torch.stack([_draw(emoji, generator)[0] for _ in range(plan.batch)])
         small = _small(drawn)
-        features = semantic(networks["compressor"], drawn)
+        features = semantic(compressor, drawn)
         again = networks["decoder"](features + 0.05 * torch.randn_like(features))
         return 10 * F.mse_loss(again, small) + 0.3 * F.mse_loss(features, patches.coefficients(small))
 
@@ -286,7 +288,7 @@ def train_semantic_compressor(emoji: EmojiSet, work: Path, plan: Plan) -> None:
 
     end = dataclasses.replace(plan, steps=plan.steps // 2, learning_rate=plan.learning_rate / 2)
     train(networks, loss_with_fixed_statistics, end, work / "semantic_compressor_end")
-    save(networks["compressor"], work / "semantic_compressor.safetensors", torch.float16)
+    save(compressor, work / "semantic_compressor.safetensors", torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +328,7 @@ def arrangements(emoji: EmojiSet, i: int) -> list[tuple[Description, dict]]:
     generator = random.Random(i)
     entry = emoji.entries[i]
     plain = Description(entry["name"], tuple(entry["keywords"]), entry["style"])
-    arranged = [(plain, {})]
+    arranged: list[tuple[Description, dict]] = [(plain, {})]
     while len(arranged) < max(VARIANTS.values()):
         description, arrangement = emoji.arrange(i, generator)
         if description != plain:
@@ -340,11 +342,12 @@ def features(emoji: EmojiSet, work: Path, network: str) -> np.ndarray:
     path = work / f"features_{network}.npy"
     if not path.exists():
         weights = work / f"{network}.safetensors"
+        see: Callable[[Tensor], Tensor]
         if network == "stage_a":
             see, shape = load_stage_a(weights).encode, (4, *GEOMETRY.stage_a)
         else:
             compressor = load_semantic_compressor(weights)
-            see, shape = lambda p: semantic(compressor, p), SEMANTIC
+            see, shape = lambda image: semantic(compressor, image), SEMANTIC
         with replacing(path) as partial:
             variants = VARIANTS[network]
             kept = np.lib.format.open_memmap(partial, "w+", np.float16, (len(emoji), variants, *shape))
@@ -393,8 +396,8 @@ def keep_mark(blocks: Iterable[nn.Module]) -> None:
     """What blocks add to a state is the same in the two channels."""
     one, other = MARKED
     for block in blocks:
-        for linear in (block.attn.out_proj, block.mlp.c_proj):
-            for parameter in (linear.weight, linear.bias):
+        for linear in ("attn.out_proj", "mlp.c_proj"):
+            for parameter in block.get_submodule(linear).parameters():
                 parameter[one] = parameter[other] = (parameter[one] + parameter[other]) / 2
 
 
@@ -413,7 +416,7 @@ def learn_to_read(reader: TextEncoder, seen: Features, plan: Plan, folder: Path)
             "latent": nn.Linear(width, channels),
         }
     )
-    networks.scale = nn.Parameter(torch.tensor(2.5))
+    scale = networks.scale = nn.Parameter(torch.tensor(2.5))
 
     def loss(generator: random.Random) -> Tensor:
         mark_ends(reader)
@@ -424,7 +427,7 @@ def learn_to_read(reader: TextEncoder, seen: Features, plan: Plan, folder: Path)
         index = torch.tensor(drawn)
         same = (index[:, None] == index[None]).all(dim=2)
         pictures = networks["picture"](latents.flatten(1))
-        contrast = contrastive_loss(networks["text"](ends), pictures, networks.scale.exp(), same)
+        contrast = contrastive_loss(networks["text"](ends), pictures, scale.exp(), same)
         return contrast + 8 * F.mse_loss(networks["latent"](states), latents.flatten(2)[:, :, positions].mT)
 
     train(networks, loss, plan, folder)
@@ -516,10 +519,10 @@ def _switch_on(mlp: nn.Module, states: Tensor, missing: Tensor, directions: Tens
     switches = _least_squares(rearrange(states, "n s w -> (n s) w"), own.repeat(count, 1))
     into = F.pad(maps, (0, 1)) + LIFT * rearrange(switches, "w s -> s w 1")
     units = seats * (channels + 1)
-    mlp.c_fc.weight[:units] = rearrange(into[:, :-1], "s w c -> (s c) w").float()
-    mlp.c_fc.bias[:units] = rearrange(into[:, -1], "s c -> (s c)").float()
+    mlp.get_parameter("c_fc.weight")[:units] = rearrange(into[:, :-1], "s w c -> (s c) w").float()
+    mlp.get_parameter("c_fc.bias")[:units] = rearrange(into[:, -1], "s c -> (s c)").float()
     directions = torch.cat([directions, -directions.sum(dim=0, keepdim=True)])
-    mlp.c_proj.weight[:, :units] = directions.T.repeat(1, seats)
+    mlp.get_parameter("c_proj.weight")[:, :units] = directions.T.repeat(1, seats)
 
 
 def _least_squares(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -586,6 +589,8 @@ def read_captions(seen: Features, encoder: TextEncoder, work: Path) -> np.ndarra
 def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     """Diffusion in Stage A's space from semantic latents, some absent, some noisy; every other batch has text too."""
     seen = load_features(emoji, work, with_stage_a=True)
+    latents = seen.stage_a
+    assert latents is not None
     encoder = load_text_encoder(work / "text_encoder.safetensors")
     states, nothing = read_captions(seen, encoder, work), encoder([""])
     stage_b = DiffNeXt(STAGE_B)
@@ -599,7 +604,7 @@ def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
             text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
         t = training_times(len(drawn), HIGH_NOISE)
         return diffusion_loss(
-            lambda x, t: stage_b(x, t, semantic, text), _stack(seen.stage_a, drawn), P2_K, t, None, LARGEST_ERROR
+            lambda x, t: stage_b(x, t, semantic, text), _stack(latents, drawn), P2_K, t, None, LARGEST_ERROR
         )
 
     train(stage_b, loss, plan, work / "stage_b")

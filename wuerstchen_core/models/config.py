@@ -5,6 +5,7 @@ import typing
 from collections.abc import Mapping
 from functools import cache
 
+from ..util.checks import shown
 from ..util.errors import WuerstchenError
 
 LARGEST = 2**20  # of channels, blocks, tokens …
@@ -41,29 +42,31 @@ def require(condition: bool, problem: str) -> None:
 
 
 def _check_fields(config, several: Mapping[str, int], least: int) -> None:
-    for name, hint in _hints(type(config)).items():
+    for name, hint in _hints(config.__class__).items():
         _check(name, getattr(config, name), hint, several, several.get(name, least))
 
 
 def _check(name: str, value, hint, several: Mapping[str, int], least: int) -> None:
     if _is_record(hint):
-        require(isinstance(value, hint), f"{name} is {_shown(value)}: it must be a {hint.__name__}")
+        require(isinstance(value, hint), f"{name} is {shown(value)}: it must be a {hint.__name__}")
         _check_fields(value, several, least)
     elif typing.get_origin(hint) is tuple:
-        require(isinstance(value, tuple), f"{name} is {_shown(value)}: it must be a list")
+        require(isinstance(value, tuple), f"{name} is {shown(value)}: it must be a list")
         for item in value:
             _check(name, item, typing.get_args(hint)[0], several, least)
     elif hint is bool:
-        require(isinstance(value, bool), f"{name} is {_shown(value)}: it must be true or false")
+        require(isinstance(value, bool), f"{name} is {shown(value)}: it must be true or false")
     elif hint is int:
         whole = type(value) is int and least <= value <= LARGEST
-        require(whole, f"{name} is {_shown(value)}: it must be a whole number from {least} to {LARGEST}")
+        require(whole, f"{name} is {shown(value)}: it must be a whole number from {least} to {LARGEST}")
     elif hint is float:
         number = type(value) in (int, float) and -FARTHEST <= value <= FARTHEST
-        require(number, f"{name} is {_shown(value)}: it must be a number within ±{FARTHEST:g}")
+        require(number, f"{name} is {shown(value)}: it must be a number within ±{FARTHEST:g}")
 
 
-_hints = cache(typing.get_type_hints)
+@cache
+def _hints(cls: type) -> dict[str, typing.Any]:
+    return typing.get_type_hints(cls)
 
 
 def _is_record(hint) -> bool:
@@ -81,7 +84,7 @@ def _converted(name: str, hint, value):
         if isinstance(value, list) and issubclass(hint, tuple):  # JSON has a NamedTuple as a list
             require(len(value) <= len(hints), f"{name} has {len(value)} values: a {hint.__name__} has {len(hints)}")
             value = dict(zip(hints, value, strict=False))
-        require(isinstance(value, Mapping), f"{name} is {_shown(value)}: it must be a {hint.__name__}")
+        require(isinstance(value, Mapping), f"{name} is {shown(value)}: it must be a {hint.__name__}")
         unknown = next((key for key in value if key not in hints), None)
         require(unknown is None, f"{name} has no field {unknown}")
         try:
@@ -91,9 +94,3 @@ def _converted(name: str, hint, value):
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_converted(name, typing.get_args(hint)[0], item) for item in value)
     return value
-
-
-def _shown(value) -> str:
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"a number of {value.bit_length()} bits"
-    return f"{value!r:.60}" if isinstance(value, bool | int | float | str | None) else f"a {type(value).__name__}"

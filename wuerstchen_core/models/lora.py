@@ -66,7 +66,7 @@ class LoRA:
         """Raises WuerstchenError, naming the first module, where the changes are not of a network like this one."""
         for name, change in self.changes.items():
             try:
-                weight = network.get_submodule(name).weight
+                weight = network.get_parameter(f"{name}.weight")
             except AttributeError as error:
                 raise WuerstchenError(
                     f"{self.path}: a LoRA of another Stage C: it changes {name}, which this one, of depth "
@@ -99,27 +99,27 @@ def apply_loras(network: Prior, loras: Iterable[tuple[LoRA, float]]) -> Iterator
         if strength != 0:
             for name, change in lora.changes.items():
                 changes.setdefault(name, []).append((change, strength))
-    weights: dict[nn.Module, nn.Parameter] = {}
+    weights: dict[str, nn.Parameter] = {}
     try:
         for name, several in changes.items():
-            module = network.get_submodule(name)
-            weights[module] = module.weight
-            merged = _merged(module.weight, several)
+            weights[name] = network.get_parameter(f"{name}.weight")
+            merged = _merged(weights[name], several)
             if not is_finite(merged):
                 precision = str(merged.dtype).removeprefix("torch.")
                 raise WuerstchenError(
                     f"the LoRAs change {name} beyond the range of {precision}: lower their strengths, or use float32"
                 )
-            module.weight = nn.Parameter(merged, requires_grad=False)
+            network.get_submodule(name).weight = nn.Parameter(merged, requires_grad=False)
         yield
     finally:
-        for module, weight in weights.items():
-            module.weight = weight
+        for name, weight in weights.items():
+            network.get_submodule(name).weight = weight
 
 
 @torch.no_grad()
 def _merged(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
-    delta = sum(change.delta(weight.device) * strength for change, strength in changes)
+    deltas = (change.delta(weight.device) * strength for change, strength in changes)
+    delta = sum(deltas, torch.zeros((), device=weight.device))
     return (weight.float() + delta.view_as(weight)).to(weight.dtype)
 
 

@@ -78,7 +78,7 @@ class SemanticCompressor(nn.Module):
         if image.shape[-2] % 32 or image.shape[-1] % 32:
             raise WuerstchenError(f"the compressor takes sides that are multiples of 32, not {tuple(image.shape[-2:])}")
         mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        image = ((image - mean) / std).to(self.mapper[0].weight.dtype)
+        image = ((image - mean) / std).to(next(self.mapper.parameters()).dtype)
         return self.mapper(self.backbone(image.contiguous(memory_format=torch.channels_last)))
 
 

@@ -81,7 +81,7 @@ class VQGAN(nn.Module):
         widths, channels = config.widths, config.latent_channels
 
         self.in_block = nn.Sequential(nn.PixelUnshuffle(2), operations.Conv2d(3 * 4, widths[0], 1))
-        down = [MixingBlock(widths[0], operations)]
+        down: list[nn.Module] = [MixingBlock(widths[0], operations)]
         for narrow, wide in pairwise(widths):
             down += [operations.Conv2d(narrow, wide, 4, stride=2, padding=1), MixingBlock(wide, operations)]
         down.append(nn.Sequential(operations.Conv2d(widths[-1], channels, 1, bias=False), nn.BatchNorm2d(channels)))
@@ -89,7 +89,7 @@ class VQGAN(nn.Module):
 
         self.vquantizer = Codebook(config.codebook_size, channels)
 
-        up = [nn.Sequential(operations.Conv2d(channels, widths[-1], 1))]
+        up: list[nn.Module] = [nn.Sequential(operations.Conv2d(channels, widths[-1], 1))]
         up += [MixingBlock(widths[-1], operations) for _ in range(config.bottleneck_blocks)]
         for wide, narrow in pairwise(reversed(widths)):
             up += [operations.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1), MixingBlock(narrow, operations)]

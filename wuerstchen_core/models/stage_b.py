@@ -1,6 +1,6 @@
 """Stage B: latent diffusion in Stage A's space, conditioned on the semantic latent and on text (paper section 3)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -84,8 +84,8 @@ class DiffNeXt(nn.Module):
                     yield AttnBlock(width, config.condition_width, heads, config.dropout, operations)
 
         self.clip_mapper = operations.Linear(config.text_width, config.condition_width)
-        self.effnet_mappers = nn.ModuleList(
-            operations.Conv2d(config.semantic_channels, config.condition_width, 1) if config.semantic[level] else None
+        self.effnet_mappers = nn.ModuleList(  # None, which its types do not know, keeps the others' numbers
+            operations.Conv2d(config.semantic_channels, config.condition_width, 1) if config.semantic[level] else None  # type: ignore[misc]
             for level in (*levels, *reversed(levels))
         )
         self.embedding = nn.Sequential(
@@ -109,7 +109,7 @@ class DiffNeXt(nn.Module):
             LayerNorm2d(), operations.Conv2d(widths[0], 2 * patch_channels, 1), nn.PixelShuffle(config.patch)
         )
 
-    def condition(self, semantic: Tensor, text: Tensor | None, size: tuple[int, int]) -> StageBCondition:
+    def condition(self, semantic: Tensor, text: Tensor | None, size: Sequence[int]) -> StageBCondition:
         """semantic (B, 16, p, q) raw features, text (B, L, text_width) or None, size (rows, columns) of x."""
         if text is None and not self.config.text_absent:
             text = semantic.new_zeros(1, CONTEXT_LENGTH, self.config.text_width)
@@ -125,7 +125,9 @@ class DiffNeXt(nn.Module):
                 resized = to_rows(_resize(semantic, level_size))
             for block in blocks:
                 if isinstance(block, ResBlock):
-                    shares.append(None if mapper is None else (resized, *_affine(mapper, block.semantic, resized)))
+                    shares.append(
+                        None if block.semantic is None else (resized, *_affine(mapper, block.semantic, resized))
+                    )
                 elif isinstance(block, AttnBlock):
                     contexts.append(None if text is None else block.condition(text))
         return StageBCondition(shares, contexts)
@@ -139,8 +141,8 @@ class DiffNeXt(nn.Module):
         """x (B, 4, h, w), sides multiples of 16 -> the noise in it, the same shape."""
         modulations, shares, contexts = iter(modulation), iter(condition.shares), iter(condition.contexts)
 
-        def run(blocks: nn.ModuleList, h: Tensor, skip: Tensor | None = None) -> Tensor:
-            for block in blocks:
+        def run(blocks: nn.Module, h: Tensor, skip: Tensor | None = None) -> Tensor:
+            for block in blocks.children():
                 if isinstance(block, ResBlock):
                     share = next(shares)
                     h = block(h, skip, None if share is None else F.linear(*share))
@@ -195,7 +197,7 @@ def _affine(mapper: nn.Module, linear: nn.Module, like: Tensor) -> tuple[Tensor,
     It is read off their outputs for zero and for the unit vectors, so that it holds for whatever a host puts in a
     layer's place (casting, offloading, patched weights).
     """
-    channels = mapper.in_channels
+    channels = like.shape[-1]
     probe = torch.cat([torch.zeros(1, channels), torch.eye(channels)]).to(like)
     image = linear(to_rows(mapper(probe[:, :, None, None])))[:, 0, 0]
     offset = image[0]

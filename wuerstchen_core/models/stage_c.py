@@ -52,12 +52,12 @@ class Prior(nn.Module):
     def condition(self, text: Tensor) -> list:
         """text (B, L, text_width) -> the keys and values of every attention block."""
         text = self.cond_mapper(text)
-        return [block.condition(text) for block in self.blocks[2::3]]
+        return [block.condition(text) for block in self.blocks if isinstance(block, AttnBlock)]
 
     def modulate(self, t: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """t (N,) in [0, 1] -> scale and shift (N, 2 * width, 1, 1) of every timestep block, in `dtype`."""
         embedding = timestep_embedding(t, self.config.time_width).to(dtype)
-        return [block.modulate(embedding) for block in self.blocks[1::3]]
+        return [block.modulate(embedding) for block in self.blocks if isinstance(block, TimestepBlock)]
 
     def denoise(self, x: Tensor, modulation: list[Tensor], condition: list) -> Tensor:
         """x (B, 16, p, q) -> the noise in it, the same shape."""

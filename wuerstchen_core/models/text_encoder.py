@@ -119,8 +119,8 @@ class TextEncoder(nn.Module):
         """
         tower = self.tower
         tokens = tokens.to(tower.positional_embedding.device)
-        positions = slice(tokens.shape[1]) if positions is None else positions
-        h = tower.token_embedding(tokens) + tower.positional_embedding[positions]
+        where = slice(tokens.shape[1]) if positions is None else positions
+        h = tower.token_embedding(tokens) + tower.positional_embedding[where]
         mask = _attention_mask(tokens, self.tokenizer.eot_token_id).to(h.dtype)
         h = tower.transformer(h, attn_mask=mask.repeat_interleave(self.config.heads, dim=0))
         return tower.ln_final(h)

@@ -6,6 +6,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def benchmark_loading(path: Path, device="cpu") -> Iterator[str]:
     del archive
     for kind in kinds:
         start = time.perf_counter()
-        peak, network = peak_growth(lambda: load_network(kind, path, device, dtype=None))
+        peak, network = peak_growth(partial(load_network, kind, path, device, dtype=None))
         seconds = time.perf_counter() - start
         yield (
             f"{path}: {kind} in {seconds:.2f} s, {size / 1e6:,.1f} MB, peak memory {peak / 1e6:,.1f} MB "
@@ -71,7 +72,7 @@ def peak_growth(work: Callable):
 
 
 def _resident(field: str) -> int:
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return int(re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
 
 
 def _time_picture(model: Wuerstchen, seed: int) -> dict[str, float]:

@@ -11,7 +11,9 @@ what it computes once a run counts once.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,9 +73,9 @@ def outline(folder: str | Path) -> Wuerstchen:
     """
     paths = find_set(folder)
     encoder_c, encoder_b = paths.pop("text_encoder_c"), paths.pop("text_encoder_b", None)
-    networks = {role: network_outline(path, role) for role, path in paths.items()}
-    read_c = network_outline(encoder_c, "text_encoder")
-    read_b = read_c if encoder_b == encoder_c else encoder_b and network_outline(encoder_b, "text_encoder")
+    networks: dict[str, Any] = {role: network_outline(path, role) for role, path in paths.items()}
+    read_c: Any = network_outline(encoder_c, "text_encoder")
+    read_b: Any = read_c if encoder_b == encoder_c else encoder_b and network_outline(encoder_b, "text_encoder")
     return Wuerstchen(**networks, text_encoder_c=read_c, text_encoder_b=read_b)
 
 
@@ -250,7 +252,7 @@ def _reading(encoder: TextEncoder) -> int:
 
 def _sampling(sample: Callable[[int], None], steps: int) -> int:
     """Of a run of so many steps, all of which cost the same."""
-    one, two = (_frozen(lambda: sample(count)) for count in (1, 2))
+    one, two = (_frozen(partial(sample, count)) for count in (1, 2))
     return one + (steps - 1) * (two - one)
 
 

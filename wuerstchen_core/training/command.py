@@ -26,6 +26,10 @@ STAGES = {
 class RunOptions:
     folder: str = option(help="where the run keeps its checkpoint, weights, samples and logs")
 
+    def __post_init__(self):
+        if not self.folder.strip():
+            raise WuerstchenError("folder is empty: name the folder where the run is to be kept")
+
 
 def train(
     stage: str,

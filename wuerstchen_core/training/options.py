@@ -198,7 +198,7 @@ def _check_known(table: Mapping[str, Any], known: Sequence[str], where: str) -> 
 
 def _checked(value: Any, type_: Any, where: str, default: Any = MISSING) -> Any:
     """The value, converted to its type. A whole number is taken for a float."""
-    if dataclasses.is_dataclass(type_):
+    if isinstance(type_, type) and dataclasses.is_dataclass(type_):
         if not isinstance(value, Mapping):
             raise WuerstchenError(f"{where} is {_shown(value)}: a table is needed")
         _check_known(value, [field.name for field in dataclasses.fields(type_)], where)

@@ -20,7 +20,7 @@ def whole_number(name: str, value: object, least: int, most: int, multiple_of: i
 
 def real_number(name: str, value: object, least: float, most: float) -> float:
     """A number from `least` to `most`, of any real type but bool; NaN is none."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:  # type: ignore[operator]
         raise WuerstchenError(f"{name} is {shown(value)}: it must be a number from {least:g} to {most:g}")
     return float(value)
 

@@ -14,10 +14,20 @@ def one_line(text: object) -> str:
     text = str(text)
     if len(text) > LONGEST:
         text = f"{text[: LONGEST * 2 // 3]} … {text[-LONGEST // 3 :]}"
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    text = _printable(text)
     return text if len(text) <= LONGEST + 3 else f"{text[: LONGEST * 2 // 3]} … {text[-LONGEST // 3 :]}"
+
+
+def readable(text: object, most: int = 300) -> str:
+    """What a message quotes, on one line of at most `most` letters, without control characters; its end is left out."""
+    line = _printable(" ".join(str(text)[: 4 * most].split()))
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, without its stack; the error's name if it says nothing."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

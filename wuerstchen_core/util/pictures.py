@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .checks import shown
-from .errors import WuerstchenError
+from .errors import WuerstchenError, first_line
 from .notices import tell_once
 
 # What is read of what Pillow knows; some of its other formats start programs (EPS: Ghostscript).
@@ -42,8 +42,7 @@ def read_picture(path: str | Path) -> Tensor:
         formats = ", ".join(FORMATS)
         raise WuerstchenError(f"{path}: not a picture that can be read (in none of the formats {formats})") from error
     except Exception as error:  # of a damaged file Pillow raises nearly anything
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise WuerstchenError(f"{path}: not a picture that can be read ({reason})") from error
+        raise WuerstchenError(f"{path}: not a picture that can be read ({first_line(error)})") from error
 
 
 def decode(file: str | Path | BinaryIO, formats: Sequence[str] = FORMATS) -> Tensor:
@@ -138,7 +137,7 @@ def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
         picture = picture.convert("L" if picture.mode == "1" else "RGB")
     if profile:
         try:
-            return ImageCms.applyTransform(picture, _srgb_transform(profile, picture.mode))
+            return _srgb_transform(profile, picture.mode).apply(picture)
         except Exception:  # a broken profile raises nearly anything
             tell_once("a picture's colour profile is broken or for other pixels: such pictures are read without it")
     return picture.convert("RGB")

@@ -41,7 +41,7 @@ def test_features_come_from_the_cache_once_they_are_there(data, tmp_path, worker
             expected.append(batch["features"])
     again = take(20, data, 192, 3, **options)
     plain = take(20, data, 192, 3, workers=workers)
-    for batch, features, seen in zip(again, expected, plain):
+    for batch, features, seen in zip(again, expected, plain, strict=True):
         assert "image" not in batch and batch["key"] == seen["key"] and batch["caption"] == seen["caption"]
         assert same(batch["features"], features) and same(features, features_of(seen))
     monkeypatch.setattr(pictures, "decode", lambda *arguments: pytest.fail("decoded"))
@@ -56,7 +56,7 @@ def test_a_bad_picture_does_not_keep_its_batch_from_the_cache(folder, tmp_path):
         cache.write(batch["address"], features_of(batch))
     again = take(20, folder, 64, 4, cache=cache)
     assert [batch["skipped"] for batch in again] == [batch["skipped"] for batch in whole]
-    assert all("features" in batch and batch["key"] == seen["key"] for batch, seen in zip(again, whole))
+    assert all("features" in batch and batch["key"] == seen["key"] for batch, seen in zip(again, whole, strict=True))
 
 
 def test_a_batch_with_one_sample_missing_comes_with_all_its_pictures(tmp_path):

@@ -16,8 +16,9 @@ from wuerstchen_core import WuerstchenError
 from wuerstchen_core.training.data import shards as shards_module
 from wuerstchen_core.training.data.batches import open_batches
 from wuerstchen_core.training.data.feature_cache import FeatureCache, fingerprint
-from wuerstchen_core.training.data.files import is_leftover, readable
+from wuerstchen_core.training.data.files import is_leftover
 from wuerstchen_core.training.data.sources import FolderSource
+from wuerstchen_core.util.errors import readable
 
 PNG = encoded(picture(0))
 

@@ -51,7 +51,7 @@ def test_every_picture_is_seen_once_an_epoch_in_its_bucket(folder):
     keys = [batch["key"][0] for batch in batches]
     epochs = [keys[start : start + 23] for start in (0, 23)]
     assert set(epochs[0]) == set(epochs[1]) == set(source.keys) and epochs[0] != epochs[1] != sorted(epochs[1])
-    for batch, key in zip(batches, keys):
+    for batch, key in zip(batches, keys, strict=True):
         shape = SHAPES[int(key[:2]) % len(SHAPES)]
         assert tuple(batch["image"].shape[2:]) == nearest_size(sizes, shape)
     assert [batch["key"][0] for batch in take(23, folder, 192, 1, seed=1)] != epochs[0]
@@ -76,7 +76,7 @@ def test_two_ranks_see_what_one_with_twice_the_batch_sees(folder, buckets):
     together = take(16, folder, 192, 6, buckets=buckets)
     halves = [take(16, folder, 192, 3, buckets=buckets, rank=rank, world=2) for rank in range(2)]
     assert sum(batch["skipped"] for batch in together) > 2
-    for whole, first, second in zip(together, *halves):
+    for whole, first, second in zip(together, *halves, strict=True):
         assert torch.equal(whole["image"], torch.cat([first["image"], second["image"]]))
         assert whole["key"] == first["key"] + second["key"]
         assert whole["caption"] == first["caption"] + second["caption"]
@@ -151,7 +151,7 @@ def test_a_bad_sample_is_skipped_counted_and_named(tmp_path, name, content, says
     assert [batch["skipped"] for batch in batches].count(1) == 4 == sum(batch["skipped"] for batch in batches)
     assert all(len(batch["key"]) == 4 and "04.png" not in batch["key"] for batch in batches)
     for batch in batches:
-        for key, image, caption in zip(batch["key"], batch["image"], batch["caption"]):
+        for key, image, caption in zip(batch["key"], batch["image"], batch["caption"], strict=True):
             assert caption == f"picture {int(key[:2])}"
             assert torch.equal(image, torch.from_numpy(picture(int(key[:2]))).permute(2, 0, 1) / 255)
     assert len(caplog.records) == 1  # however often it comes

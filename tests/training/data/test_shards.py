@@ -56,7 +56,7 @@ def test_shards_give_their_pictures_shuffled_and_in_buckets(shards):
     numbers = [int(batch["caption"][0].split()[1]) for batch in batches]
     assert sorted(numbers[:18]) == sorted(numbers[18:]) == list(range(18))
     assert numbers[:18] != numbers[18:] and numbers[:18] != sorted(numbers[:18])
-    for batch, number in zip(batches, numbers):
+    for batch, number in zip(batches, numbers, strict=True):
         assert batch["key"][0].endswith(f".tar/{number:02}")
         pixels = torch.from_numpy(picture(number, SHAPES[number % 5])).permute(2, 0, 1) / 255
         assert torch.equal(batch["image"][0], crop_and_resize(pixels, nearest_size(sizes, SHAPES[number % 5])))

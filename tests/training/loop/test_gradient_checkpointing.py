@@ -44,7 +44,7 @@ def test_gradient_checkpointing_changes_no_gradient(index, monkeypatch):
         call(network).square().mean().backward()
         gradients.append([None if p.grad is None else p.grad.clone() for p in network.parameters()])
     assert calls % 3 == 0 and calls > 0  # once, then once more and again for the gradient
-    for plain, again in zip(*gradients):
+    for plain, again in zip(*gradients, strict=True):
         assert (plain is None) == (again is None)
         if plain is not None:
             assert torch.equal(plain, again)

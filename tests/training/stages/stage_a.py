@@ -48,7 +48,7 @@ def at(step=0, count=3, **places):
 
 def crops(images, draws, side):
     places = (draws.uniform(2) * torch.tensor([images.shape[2] - side + 1, images.shape[3] - side + 1])).long()
-    return torch.stack([p[:, y : y + side, x : x + side] for p, (y, x) in zip(images, places.tolist())])
+    return torch.stack([p[:, y : y + side, x : x + side] for p, (y, x) in zip(images, places.tolist(), strict=True)])
 
 
 def gradients(loss, parameters):

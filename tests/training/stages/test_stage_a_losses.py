@@ -134,7 +134,7 @@ def test_gradient_passes_straight_through_the_codebook():
     latent = task.vqgan.encode(seen)
     quantized = task.vqgan.quantize(latent)[0].detach().requires_grad_()
     (at_quantized,) = torch.autograd.grad(F.mse_loss(task.vqgan.decode(quantized), seen), quantized)
-    for one, other in zip(ours, torch.autograd.grad(latent, encoder, at_quantized)):
+    for one, other in zip(ours, torch.autograd.grad(latent, encoder, at_quantized), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
     assert gradients(loss, task.vqgan.vquantizer.parameters()) == (None,)
 
@@ -157,7 +157,7 @@ def test_adaptive_weight_is_that_of_the_paper_without_a_backward_of_its_own(monk
     longer, shorter = (gradients(losses[name], [last])[0].norm() for name in ("reconstruction", "adversarial"))
     weight = longer / (shorter / 0.3 + 1e-6)
     apart = [gradients(losses[name], generator) for name in ("reconstruction", "adversarial")]
-    expected = [a + 0.3 * weight * b / 0.3 if a is not None else None for a, b in zip(*apart)]
+    expected = [a + 0.3 * weight * b / 0.3 if a is not None else None for a, b in zip(*apart, strict=True)]
     assert not 0.5 < weight < 2
 
     def refuse(*args, **kwargs):
@@ -169,7 +169,7 @@ def test_adaptive_weight_is_that_of_the_paper_without_a_backward_of_its_own(monk
         patch.setattr(torch.Tensor, "backward", refuse)
         losses = task(batch(), at())
     sum(losses.values()).backward()
-    for parameter, gradient in zip(task.vqgan.parameters(), expected):
+    for parameter, gradient in zip(task.vqgan.parameters(), expected, strict=True):
         if gradient is not None:
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-7)
 

@@ -35,7 +35,7 @@ def test_two_processes_learn_as_one_with_the_doubled_batch(place):
             assert two[tag][step] == pytest.approx(values, rel=1e-5), (tag, step)
     assert len(set(map(tuple, one["loss/noise"].values()))) == 8
     for ours, theirs in zip(w.load_stage_c("two/stage_c.safetensors").parameters(),
-                            w.load_stage_c("one/stage_c.safetensors").parameters()):  # fmt: skip
+                            w.load_stage_c("one/stage_c.safetensors").parameters(), strict=True):  # fmt: skip
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5)  # AdamW makes much of tiny gradients
 
 
@@ -97,7 +97,7 @@ def test_stage_c_is_trained_by_the_papers_formulas(tiny_folder):
     draws = Draws(3, 5, 6)
     dropped = draws.uniform() < 0.5
     assert 0 < dropped.sum() < 6
-    text = [encoder([""])[0] if drop else own for own, drop in zip(features["text"], dropped)]
+    text = [encoder([""])[0] if drop else own for own, drop in zip(features["text"], dropped, strict=True)]
     uniform = draws.uniform(2).double()  # 0.4 of it from the first 0.35 alone, 0.6 from all
     uniform = torch.where(uniform < 0.61, uniform / 0.61 * 0.35, 1 - (1 - uniform) / 0.6)
     t = ((1 - uniform) * 1.08 + 0.001).clamp(0.001, 1)
@@ -129,7 +129,7 @@ def test_fine_tuning_starts_at_the_published_weights(tmp_path, place):
     train("c", "--init", str(tmp_path / "prior"), "--steps", "1", "--learning-rate", "1e-12", "--weight-decay", "0")
     after = w.load_stage_c("run/stage_c.safetensors")
     assert after.config == before.config and after.config.depth == 2
-    for ours, published in zip(after.parameters(), before.parameters()):
+    for ours, published in zip(after.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(ours, published, rtol=0, atol=1e-6)
     train("c", "--init", str(tmp_path / "prior"), "--steps", "3", "--folder", "tuned")
     moved = w.load_stage_c("tuned/stage_c.safetensors")

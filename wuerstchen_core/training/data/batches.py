@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from ...util.errors import WuerstchenError
+from ...util.errors import WuerstchenError, readable
 from .buckets import Size, bucket_sizes, crop_and_resize, nearest_size
 from .feature_cache import FeatureCache, Features, address, stacked
-from .files import readable
 from .shards import ShardBatch, Shards, expand, is_shard
 from .sources import FixedSource, FolderSource, Source
 from .tally import Tally
@@ -85,10 +85,11 @@ def open_batches(
     if captions not in CAPTIONS:
         raise WuerstchenError(f"captions is {captions!r}: choose one of {', '.join(CAPTIONS)}")
     sizes = bucket_sizes(size) if buckets else [(size, size)]
-    source = data if isinstance(data, Source) else _folder(data, caption_key)
+    source = data if isinstance(data, Source) else _named(data, caption_key)
     missing = None
-    if source is None:
-        shards = Shards(expand(data), sizes, batch, seed, caption_key)
+    dataset: Dataset
+    if isinstance(source, list):
+        shards = Shards(source, sizes, batch, seed, caption_key)
         shards.check_captions(captions == "required")
         missing = Tally() if captions != "unused" else None
         dataset, sampler = _ShardBatches(shards, _Assembler(range(batch), seed, cache), rank, world, first), None
@@ -174,18 +175,19 @@ class _Assembler:
                 for position, sample in zip(self.positions, loaded, strict=True)
             ]
         messages = list(bad.values())
-        if None in loaded:
+        good = [sample for sample in loaded if sample is not None]
+        if len(good) < len(loaded):
             return None, messages
-        batch = {name: [sample[name] for sample in loaded] for name in loaded[0].keys() - {"image", "features"}}
+        batch: dict[str, Any] = {name: [one[name] for one in good] for name in good[0].keys() - {"image", "features"}}
         batch["skipped"] = sum(samples[position] in bad for position in self.positions)
         if features is None:
-            return batch | {"image": torch.stack([sample["image"] for sample in loaded])}, messages
+            return batch | {"image": torch.stack([sample["image"] for sample in good])}, messages
         return batch | {"features": features}, messages
 
     def _sample(self, source: Source, i: int, size: Size, seed: str, cached: bool) -> dict:
         """One sample, with its features if it may come from the cache and is there, else with its picture."""
         sample = {"key": source.key(i)}
-        if self.cache is not None:
+        if self.cache is not None and isinstance(source, FixedSource):
             sample["caption"] = source.caption(i)
             sample["address"] = address(sample["key"], source.stamp(i), size, sample["caption"])
             features = self.cache.find(sample["address"]) if cached else None
@@ -259,18 +261,17 @@ class _ShardBatches(IterableDataset):
             yield batch
 
 
-def _folder(data: str | Path | Sequence[str | Path], caption_key: str) -> FolderSource | None:
-    """The source that `data` names, unless it is shards."""
+def _named(data: str | Path | Sequence[str | Path], caption_key: str) -> FolderSource | list[str]:
+    """The folder that `data` names, or the urls of its shards."""
     if isinstance(data, (str, Path)) and (os.path.isdir(data) or not is_shard(str(data))):
         return FolderSource(data, caption_key)
-    return None
+    return expand(data)
 
 
 def _features(samples: Sequence[dict | None]) -> Features | None:
     """The features of samples, stacked, or None if one has none or they can't be stacked."""
-    if not all(sample and "features" in sample for sample in samples):
-        return None
-    return stacked([sample["features"] for sample in samples])
+    found = [sample["features"] for sample in samples if sample and "features" in sample]
+    return stacked(found) if len(found) == len(samples) else None
 
 
 def _bucket(source: Source, sizes: Sequence[Size], i: int) -> Size:

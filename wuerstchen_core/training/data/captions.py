@@ -5,11 +5,12 @@ import json
 import logging
 import os
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import check_regular, read_regular, readable
+from ...util.errors import readable
+from .files import check_regular, read_regular
 
 TEXT_SUFFIXES = (".txt", ".caption")
 JSON_SUFFIX = ".json"
@@ -114,7 +115,7 @@ class FolderCaptions:
         read, faulty, first = 0, 0, ""
         try:
             check_regular(path)
-            rows = _csv_rows(path) if metadata.lower().endswith(".csv") else _jsonl_rows(path)
+            rows: Iterable[bytes | dict] = _csv_rows(path) if metadata.lower().endswith(".csv") else _jsonl_rows(path)
             for number, record in enumerate(rows, start=1):
                 read = number
                 try:

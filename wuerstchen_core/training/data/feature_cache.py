@@ -49,7 +49,8 @@ class FeatureCache:
     def read(self, addresses: Sequence[str]) -> Features | None:
         """The features of some samples, stacked: (B, …) each. None if one has none, or if they can't be stacked."""
         found = [self.find(address) for address in addresses]
-        return None if None in found else stacked(found)
+        whole = [features for features in found if features is not None]
+        return stacked(whole) if len(whole) == len(found) else None
 
     def write(self, addresses: Sequence[str], features: Features) -> None:
         """Keeps stacked features, (B, …) each, for B samples. Raises WuerstchenError if they can't be written."""
@@ -110,7 +111,7 @@ def _content_digest(path: Path) -> bytes:
 def _checksum(features: Features) -> str:
     total = 0
     for name in sorted(features):
-        total = zlib.crc32(features[name].reshape(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(features[name].reshape(-1).view(torch.uint8).numpy().data, total)
     return str(total)
 
 

@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from ...util.errors import WuerstchenError
+from ...util.errors import WuerstchenError, readable
 
 # Folders and files of other programs, in lower case. Hidden ones, whose names begin with a dot, are left out as well.
 LEFTOVERS = frozenset(
@@ -29,7 +29,7 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
     Leftovers are left out. Linked folders are followed, but no folder is visited twice. A folder that can't be read is
     skipped with a warning. Raises WuerstchenError if `folder` itself is not a folder that can be read.
     """
-    pending, links = [""], []
+    pending, links = [""], list[str]()
     visited = set()
     while pending or links:
         inside = pending.pop() if pending else links.pop(0)
@@ -78,10 +78,3 @@ def read_regular(path: str | Path, most: int) -> bytes:
     if len(content) > most:
         raise ValueError(f"{Path(path).name} has more than {most} bytes")
     return content
-
-
-def readable(text: object, most: int = 300) -> str:
-    """The text on one line, without control characters, shortened to `most` characters: for messages."""
-    line = " ".join(str(text)[: 4 * most].split())
-    line = "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
-    return line if len(line) <= most else f"{line[: most - 3]}..."

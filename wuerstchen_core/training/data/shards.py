@@ -13,7 +13,7 @@ import shlex
 import shutil
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import count, islice
@@ -24,10 +24,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ...util import pictures
-from ...util.errors import WuerstchenError
+from ...util.errors import WuerstchenError, first_line, readable
 from . import captions
 from .buckets import Size, nearest_size
-from .files import check_regular, is_leftover, readable
+from .files import check_regular, is_leftover
 from .sources import FORMATS, SUFFIXES
 
 SHUFFLED = 512  # encoded samples from which the next one is drawn, at most
@@ -162,7 +162,7 @@ class Shards:
                 "captions"
             )
 
-    def _samples(self, epoch: int, stream: int, streams: int, skipped: list[str]) -> Iterator[RawSample]:
+    def _samples(self, epoch: int, stream: int, streams: int, skipped: list[str]) -> Generator[RawSample, None, None]:
         """A stream's raw samples of an epoch: whole shards, or single samples if there are too few shards.
 
         They rotate from epoch to epoch, so that each stream gets each of them once in as many epochs as there are
@@ -199,9 +199,9 @@ def expand(data: str | Path | Sequence[str | Path]) -> list[str]:
     try:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
-        reason = readable(error, 200)
         raise WuerstchenError(
-            f"shards need webdataset 1.0.2 or later, which could not be imported ({reason}): pip install webdataset"
+            f"shards need webdataset 1.0.2 or later, which could not be imported ({first_line(error)}): "
+            "pip install webdataset"
         ) from error
     given = [data] if isinstance(data, (str, Path)) else data
     urls = []
@@ -252,7 +252,7 @@ def _opened(url: str) -> Any:
     return gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if scheme == "s3" else url)
 
 
-def _tar_samples(url: str) -> Iterator[RawSample]:
+def _tar_samples(url: str) -> Generator[RawSample, None, None]:
     """The raw samples of a shard. What is wrong with the shard is raised after all that can be read of it."""
     opened = _opened(url)
     try:
@@ -275,7 +275,8 @@ def _grouped(stream: "_Watched", url: str) -> Iterator[RawSample | Exception]:
     """The files of an archive by sample, as far as they follow one another, and at the end what is wrong with it."""
     sample: RawSample = {}
     try:
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
+        # A stream is only read.
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:  # type: ignore[call-overload]
             for member in archive:
                 archive.members = []  # which it would keep for ever
                 if not (member.isreg() and _is_data(member.name)):
@@ -301,13 +302,14 @@ def _grouped(stream: "_Watched", url: str) -> Iterator[RawSample | Exception]:
         yield sample
 
 
-def _joined(samples: Iterator[RawSample | Exception]) -> Iterator[RawSample]:
+def _joined(samples: Iterator[RawSample | Exception]) -> Generator[RawSample, None, Exception | None]:
     """Samples with their captions, also those whose files lie apart; returns the exception at the end, or None.
 
     What lacks its other half waits for it, PENDING_BYTES of it.
     """
     pending: dict[str, RawSample] = {}
-    size, failure = 0, None
+    size = 0
+    failure: Exception | None = None
     for sample in samples:
         if isinstance(sample, Exception):
             failure = sample

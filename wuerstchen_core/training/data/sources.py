@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import Tensor
 
 from ...util import pictures
-from ...util.errors import WuerstchenError
+from ...util.errors import WuerstchenError, readable
 from .captions import FolderCaptions
-from .files import check_regular, readable, walk
+from .files import check_regular, walk
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # whatever a file's name: some of Pillow's other formats start programs

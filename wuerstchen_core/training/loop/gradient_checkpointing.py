@@ -16,4 +16,4 @@ def checkpoint_blocks(network: nn.Module) -> None:
     (arXiv 1604.06174). Gradients stay the same; memory falls, time grows by about a third."""
     for module in network.modules():
         if isinstance(module, BLOCKS):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]

@@ -2,6 +2,7 @@ import os
 import signal
 import sys
 import threading
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -15,7 +16,7 @@ class Interrupts:
     def __init__(self, launched: bool = False):
         self._asked = False
         self._parent = os.getppid() if launched else None
-        self._before = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():

@@ -79,11 +79,13 @@ class Monitor:
         if self._writer is not None:
             self._writer.flush()
 
-    def samples(self, step: int, shown: Task) -> None:
+    def samples(self, step: int, shown: Task | None) -> None:
         """The task's samples as a grid. If the network can't draw yet, that is logged and the run goes on.
 
         Raises WuerstchenError if the picture can't be written.
         """
+        if shown is None or self._writer is None:
+            return
         try:
             with torch.no_grad():
                 pictures = shown.samples()

@@ -220,9 +220,9 @@ class _Learner:
         for i, batch in enumerate(batches):
             is_last = i == plan.accumulate - 1
             with nullcontext() if is_last else accelerator.no_sync(self.model):
-                losses = self._forward(step, step * plan.accumulate + i, batch)
-                accelerator.backward(sum(losses.values()))
-            for name, loss in losses.items():
+                own = self._forward(step, step * plan.accumulate + i, batch)
+                accelerator.backward(sum(own.values()))
+            for name, loss in own.items():
                 sums[name] = sums.get(name, 0) + loss.detach().float() / plan.accumulate
         norm = unsharded(accelerator.clip_grad_norm_(self.model.parameters(), plan.gradient_norm))
         seen = torch.stack([*sums.values(), norm.to(accelerator.device).float()])

@@ -110,7 +110,8 @@ class RunState:
         weights, optimizer, shown = self._weights(), self._optimizer(), self.shown(step)
         scaler = self.accelerator.scaler
 
-        def write():
+        def write() -> None:
+            assert self.averaged is not None  # on the main process
             state = {
                 "task": self.name,
                 "step": step,
@@ -135,7 +136,8 @@ class RunState:
         shown = self.shown(step)
         together(self.accelerator, lambda: self._export(shown, dtype))
 
-    def _export(self, shown: Task, dtype: torch.dtype) -> None:
+    def _export(self, shown: Task | None, dtype: torch.dtype) -> None:
+        assert shown is not None  # on the main process
         with self.told(self.folder):
             self.exported = shown.export(self.folder, dtype)
 

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...checkpoints.archive import open_archive
-from ...checkpoints.load import load_text_encoder
+from ...checkpoints.load import Network, load_text_encoder
 from ...checkpoints.sets import MINI, SET
 from ...diffusion.schedule import add_noise
 from ...geometry import WORK_STEP, Geometry
 from ...models.latent_space import LatentSpace
 from ...models.semantic_compressor import SemanticCompressor
 from ...models.text_encoder import TextEncoder
-from ...util.errors import WuerstchenError
+from ...util.errors import WuerstchenError, readable
 from ..data.tally import Tally
 
 EMBEDDED = "mini"
@@ -43,7 +43,7 @@ def weight_file(option: str, name: str, embedded: str) -> Path:
     return path
 
 
-def copied(network: nn.Module) -> nn.Module:
+def copied(network: Network) -> Network:
     """A trainable copy of a network with its configuration and weights: loaded networks are views of their file."""
     trainable = type(network)(network.config)
     trainable.load_state_dict(network.state_dict())
@@ -157,7 +157,7 @@ def load_backbone(compressor: SemanticCompressor, path: str | Path) -> None:
     except Exception as error:  # a damaged file raises nearly anything
         raise WuerstchenError(
             f"backbone: {path} is not torchvision's state dict of the EfficientNetV2 that [compressor] describes "
-            f"({' '.join(str(error).split())[:200]})"
+            f"({readable(error, 200)})"
         ) from error
 
 

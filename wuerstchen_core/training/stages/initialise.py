@@ -33,19 +33,21 @@ def initialise(network: Prior | DiffNeXt) -> None:
             _xavier_together(module.to_q.weight, module.to_k.weight, module.to_v.weight, dim=0)
         elif isinstance(module, ResBlock):
             if module.semantic is not None:
-                _xavier_together(module.channelwise[0].weight, module.semantic.weight, dim=1)
-            module.channelwise[-1].weight.mul_(depth**-0.5)
+                first = module.get_parameter("channelwise.0.weight")
+                _xavier_together(first, module.semantic.weight, dim=1)
+            module.get_parameter("channelwise.4.weight").mul_(depth**-0.5)
         elif isinstance(module, TimestepBlock):
             nn.init.zeros_(module.mapper.weight)
     if isinstance(network, Prior):
-        conditions, last = [network.projection, network.cond_mapper[0], network.cond_mapper[2]], network.out[1]
+        conditions = [network.projection, network.cond_mapper[0], network.cond_mapper[2]]
+        last = network.get_parameter("out.1.weight")
     else:
-        nn.init.xavier_uniform_(network.embedding[1].weight, gain=INPUT_GAIN)
+        nn.init.xavier_uniform_(network.get_parameter("embedding.1.weight"), gain=INPUT_GAIN)
         conditions = [network.clip_mapper, *(mapper for mapper in network.effnet_mappers if mapper is not None)]
-        last = network.clf[1]
+        last = network.get_parameter("clf.1.weight")
     for module in conditions:
         nn.init.normal_(module.weight, std=CONDITION_STD)
-    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last)
 
 
 def _xavier_together(*parts: Tensor, dim: int) -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from ...checkpoints.safetensors_file import save_file
 from ...models.lora import MODULES
 from ...models.stage_c import Prior, StageCConfig
 from ...util.atomic import replacing
-from ...util.errors import WuerstchenError
+from ...util.errors import WuerstchenError, first_line
 from ..data.options import DataOptions
 from ..loop.draws import Draws
 from ..loop.task import Task
@@ -91,9 +92,8 @@ def add_lora(network: Prior, rank: int, alpha: float, targets: Sequence[str] = T
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        reason = " ".join(str(error).split())[:200]
         raise WuerstchenError(
-            f"training a LoRA needs peft 0.18 or later, which could not be imported ({reason}): "
+            f"training a LoRA needs peft 0.18 or later, which could not be imported ({first_line(error)}): "
             "pip install -U -e '.[train]'"
         ) from error
     if rank < 1 or alpha <= 0:
@@ -123,9 +123,10 @@ def save_lora(network: Prior, path: str | Path, dtype: torch.dtype = torch.float
     """
     from peft.utils import get_peft_model_state_dict
 
+    adapters: Any = network.peft_config
     config = {
         f"prior.{key}": sorted(value) if isinstance(value, set) else value
-        for key, value in network.peft_config["default"].to_dict().items()
+        for key, value in adapters["default"].to_dict().items()
     }
     tensors = {
         f"prior.{name}": tensor.detach().to("cpu", dtype).contiguous()

@@ -22,6 +22,9 @@ class PerceptualDistance(nn.Module):
     by what people have judged; without its weights they all count 1 (the paper's "baseline").
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self):
         super().__init__()
         layers: list[nn.Module] = []

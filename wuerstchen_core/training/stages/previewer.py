@@ -46,6 +46,7 @@ def build(options: Options, data: DataOptions) -> "PreviewerTask":
     else:
         network = Previewer(options.network)
         *_, last = (layer for layer in network.layers if isinstance(layer, nn.Conv2d))
+        assert last.bias is not None
         nn.init.constant_(last.bias, 0.5)  # grey
     channels = compressor.config.latent_channels, network.config.latent_channels
     if len(set(channels)) > 1:
@@ -59,6 +60,8 @@ def build(options: Options, data: DataOptions) -> "PreviewerTask":
 
 class PreviewerTask(Task):
     """`network` learns to draw small pictures from the frozen compressor's latents of large ones."""
+
+    frozen: tuple[SemanticCompressor]
 
     def __init__(self, network: Previewer, compressor: SemanticCompressor, options: Options, data: DataOptions):
         super().__init__()
@@ -109,7 +112,6 @@ def fit_linear_preview(latents: Tensor, pictures: Tensor) -> Previewer:
     seen = F.pad(seen, (0, 1), value=1.0)  # the constant
     solution = torch.linalg.lstsq(seen, rearrange(colours, "n c h w -> (n h w) c"), driver="gelsd").solution
     previewer = Previewer(PreviewerConfig(latents.shape[1], widths=())).requires_grad_(False)
-    convolution = previewer.layers[0]
-    convolution.weight.copy_(solution[:-1].T[:, :, None, None])
-    convolution.bias.copy_(solution[-1])
+    previewer.get_parameter("layers.0.weight").copy_(solution[:-1].T[:, :, None, None])
+    previewer.get_parameter("layers.0.bias").copy_(solution[-1])
     return previewer.eval()

@@ -82,6 +82,9 @@ class Options:
 class StageA(Task):
     """The VQGAN, its discriminator, and the frozen network of the perceptual loss if its weights are given."""
 
+    frozen: tuple[PerceptualDistance, ...]
+    idle: Tensor  # for how many batches each codebook vector has not been used
+
     def __init__(self, vqgan: VQGAN, perceptual: PerceptualDistance | None, options: Options, data: DataOptions):
         super().__init__()
         self.options, self.data = options, data
@@ -120,7 +123,7 @@ class StageA(Task):
         codebook_loss = quantization_loss(latent * scale, quantized * scale, options.commitment)
         losses = {"codebook": options.codebook * codebook_loss}
         if self.discriminator is not None and draws.step >= options.adversarial_start:
-            drawn, adversarial = self._adversarial(pictures, drawn, hidden)
+            drawn, adversarial = self._adversarial(self.discriminator, pictures, drawn, hidden)
             losses |= adversarial
         losses["reconstruction"] = options.l1 * F.l1_loss(drawn, pictures) + options.mse * F.mse_loss(drawn, pictures)
         if self.frozen:
@@ -150,7 +153,9 @@ class StageA(Task):
             self.pictures = (self.data.first_pictures(MEASURED if self.options.measure_scale else SHOWN),)
         return self.pictures[0]
 
-    def _adversarial(self, pictures: Tensor, drawn: Tensor, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _adversarial(
+        self, discriminator: PatchDiscriminator, pictures: Tensor, drawn: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The drawn pictures for the other losses, and the adversarial and discriminator losses.
 
         Neither loss has a gradient for the other's network.
@@ -158,9 +163,9 @@ class StageA(Task):
         shown, weight = drawn, self.options.adversarial
         if self.options.adversarial_adaptive:
             (drawn, shown), weight = Balance.apply(drawn, hidden, weight), 1.0
-        fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-        logits = functional_call(self.discriminator, fixed, (shown,))
-        real, fake = self.discriminator(torch.cat([pictures, drawn.detach()])).chunk(2)
+        fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+        logits = functional_call(discriminator, fixed, (shown,))
+        real, fake = discriminator(torch.cat([pictures, drawn.detach()])).chunk(2)
         return drawn, {
             "adversarial": weight * adversarial_loss(logits),
             "discriminator": discriminator_loss(real, fake),

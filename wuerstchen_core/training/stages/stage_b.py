@@ -6,6 +6,7 @@ The semantic compressor can be trained with it.
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +145,14 @@ def _compressor(options: Options) -> tuple[SemanticCompressor, list]:
     return (copied(compressor), []) if options.train_compressor else (compressor, [path])
 
 
+class Readers(NamedTuple):
+    """The networks that Stage B's training only reads from."""
+
+    stage_a: VQGAN
+    encoder: TextEncoder | None
+    compressor: SemanticCompressor | None
+
+
 class StageBTask(Task):
     """`network` learns to predict the noise in a picture's Stage A latent, given its semantic latent and caption.
 
@@ -163,17 +172,15 @@ class StageBTask(Task):
         self.network = network
         self.options, self.data = options, data
         self.compressor = compressor if options.train_compressor else None
-        self.readers = {"stage_a": stage_a, "encoder": encoder}
-        if not options.train_compressor:
-            self.readers["compressor"] = compressor
-        self.frozen = tuple(reader for reader in self.readers.values() if reader is not None)
+        self.readers = Readers(stage_a, encoder, None if options.train_compressor else compressor)
+        self.frozen = tuple(reader for reader in self.readers if reader is not None)
         self.leaves_out = encoder is None or options.text_absent > 0
         self.reads_captions = encoder is not None
         self.feature_key = options.frozen_precision
         self.nothing: tuple[Tensor, ...] = ()
+        self.read_captions = None if encoder is None else CaptionEncoder(encoder)
         if encoder is not None:
             self.feature_key += f", {encoder.config.context_length} tokens"
-            self.read_captions = CaptionEncoder(encoder)
             with torch.no_grad():
                 self.nothing = (encode_captions(encoder, [""]),)
         self.pictures: tuple[Tensor, ...] = ()
@@ -181,10 +188,10 @@ class StageBTask(Task):
     def features(self, batch: dict) -> dict[str, Tensor]:
         image = batch["image"]
         with computed_in(self.options.frozen_precision, image.device):
-            found = {"latent": self.readers["stage_a"].encode(image)}
-            if self.compressor is None:
-                found["semantic"] = self.readers["compressor"](compressor_input(image))
-            if self.readers["encoder"] is not None:
+            found = {"latent": self.readers.stage_a.encode(image)}
+            if self.readers.compressor is not None:
+                found["semantic"] = self.readers.compressor(compressor_input(image))
+            if self.read_captions is not None:
                 found["text"] = self.read_captions(batch["caption"])
         return found
 
@@ -224,9 +231,10 @@ class StageBTask(Task):
         if not self.pictures:
             self.pictures = (self.data.first_pictures(self.options.sample_count).permute(0, 2, 3, 1),)
         image = self.pictures[0].to(device)
-        compressor = self.readers["compressor"] if self.compressor is None else self.compressor
+        compressor = self.compressor if self.readers.compressor is None else self.readers.compressor
+        assert compressor is not None  # it is trained or frozen
         geometry = Geometry(width=image.shape[2], height=image.shape[1])
         semantic = compress(compressor, image)
         latent = sample_stage_b(self.network, semantic, geometry, steps=self.options.sample_steps)
-        drawn = decode(self.readers["stage_a"], latent, geometry)
+        drawn = decode(self.readers.stage_a, latent, geometry)
         return torch.stack([image, drawn], dim=1).flatten(0, 1)

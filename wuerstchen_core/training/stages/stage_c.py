@@ -122,6 +122,7 @@ class StageCTask(Task):
     """`network` learns to predict the noise in a picture's semantic latent, given its caption."""
 
     reads_captions = True
+    frozen: tuple[TextEncoder, SemanticCompressor]
 
     def __init__(
         self, network: Prior, encoder: TextEncoder, compressor: SemanticCompressor, options: Options, size: int
