@@ -149,7 +149,7 @@ def test_what_is_prepared_once_is_what_every_step_would_compute():
         StageBConfig(
             widths=(16, 32), heads=(0, 2), blocks=(1, 1), semantic=(False, True), condition_width=24, text_width=20
         )
-    )
+    ).eval()
     x, semantic, text = torch.randn(2, 4, 16, 16), torch.randn(2, 16, 2, 2), torch.randn(2, 7, 20)
     times = sampling_times(3)
     model = prepare(network, network.condition(semantic, text, (16, 16)), times, "cpu", torch.float32)

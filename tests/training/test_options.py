@@ -306,7 +306,23 @@ def test_options_that_do_not_exist_are_refused(capsys):
 
 def test_a_stage_that_lacks_its_files_says_which(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", "stage-c", "--config", "v2", "--network.depth", "1", "--network.width", "64"]) == 2
+    assert (
+        cli.main(
+            [
+                "train",
+                "stage-c",
+                "--config",
+                "v2",
+                "--network.depth",
+                "1",
+                "--network.heads",
+                "2",
+                "--network.width",
+                "64",
+            ]
+        )
+        == 2
+    )
     told = capsys.readouterr().err
     assert "text_encoder: there is no clip_g.safetensors" in told and "released weights" in told
     assert cli.main(["train", "stage-b", "--config", "nothing.toml"]) == 2

@@ -50,8 +50,7 @@ class Previewer(nn.Module):
                 operations.Conv2d(config.latent_channels, 3, 1), nn.Upsample(scale_factor=FACTOR, mode="nearest")
             )
             return
-        count = len(widths)
-        require(count == 4, f"widths are {count} ({list(widths[:8])}): a previewer has four, or none if it is linear")
+        require(len(widths) == 4, f"widths are {list(widths[:8])}: a previewer has four, or none if it is linear")
         layers = [operations.Conv2d(config.latent_channels, widths[0], 1), ConvBlock(widths[0], operations)]
         for wide, narrow in pairwise(widths):
             layers += [operations.ConvTranspose2d(wide, narrow, 2, stride=2), ConvBlock(narrow, operations)]

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from typing import Any, NamedTuple
 
-from ..util.errors import WuerstchenError, first_line
+from ..util.errors import WuerstchenError, first_line, readable
 
 NEEDED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 PLACEHOLDERS = {bool: True, int: 1, float: 1.0, str: "x"}
@@ -263,6 +263,6 @@ def _toml():
             import tomli as tomllib
         except ImportError as error:
             raise WuerstchenError(
-                f"options need tomli, which can't be imported ({first_line(error)}): pip install tomli"
+                f"options need tomli, which can't be imported ({readable(error)}): pip install tomli"
             ) from error
     return tomllib

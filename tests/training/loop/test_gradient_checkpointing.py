@@ -13,10 +13,19 @@ from wuerstchen_core.training.loop.gradient_checkpointing import checkpoint_bloc
 def networks():
     x, t, semantic = torch.randn(2, 4, 16, 16), torch.tensor([0.3, 0.9]), torch.randn(2, 16, 2, 2)
     config = StageBConfig(
-        widths=(16, 32), heads=(0, 2), blocks=(1, 1), semantic=(False, True), condition_width=24, text_width=20
+        widths=(16, 32),
+        heads=(0, 2),
+        blocks=(1, 1),
+        semantic=(False, True),
+        condition_width=24,
+        text_width=20,
+        dropout=0.0,
     )
     yield DiffNeXt(config), lambda network: network(x, t, semantic, torch.ones(2, 7, 20))
-    yield Prior(StageCConfig(width=32, depth=2, heads=2, text_width=20)), lambda c: c(semantic, t, torch.ones(2, 7, 20))
+    yield (
+        Prior(StageCConfig(width=32, depth=2, heads=2, text_width=20, dropout=0.0)),
+        lambda c: c(semantic, t, torch.ones(2, 7, 20)),
+    )
     stage_a = VQGAN(StageAConfig(widths=(8, 16), bottleneck_blocks=1, codebook_size=16))
     yield stage_a, lambda network: network.decode(x)
 

@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...util import pictures
-from ...util.errors import WuerstchenError, first_line, readable
+from ...util.errors import WuerstchenError, readable
 from . import captions
 from .buckets import Size, nearest_size
 from .files import check_regular, is_leftover
@@ -200,7 +200,7 @@ def expand(data: str | Path | Sequence[str | Path]) -> list[str]:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
         raise WuerstchenError(
-            f"shards need webdataset 1.0.2 or later, which could not be imported ({first_line(error)}): "
+            f"shards need webdataset 1.0.2 or later, which could not be imported ({readable(error)}): "
             "pip install webdataset"
         ) from error
     given = [data] if isinstance(data, (str, Path)) else data

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ...util.atomic import replacing
-from ...util.errors import WuerstchenError, first_line
+from ...util.errors import WuerstchenError, readable
 from .task import Task
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Monitor:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise WuerstchenError(
-                f"training needs tensorboard, which can't be imported ({first_line(error)}): pip install -e '.[train]'"
+                f"training needs tensorboard, which can't be imported ({readable(error)}): pip install -e '.[train]'"
             ) from error
         return SummaryWriter(str(self.folder / "logs"), purge_step=self.first + 1 if self.first else None)
 

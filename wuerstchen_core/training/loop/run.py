@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...util.errors import WuerstchenError, first_line
+from ...util.errors import WuerstchenError, first_line, readable
 from ..data.feature_cache import FeatureCache
 from ..options import check_above_zero, check_at_least, check_shares, option
 from .draws import Draws
@@ -286,7 +286,7 @@ def _accelerator(plan: Plan, task: Task):
         from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError as error:
         raise WuerstchenError(
-            f"training needs accelerate, which can't be imported ({first_line(error)}): pip install -e '.[train]'"
+            f"training needs accelerate, which can't be imported ({readable(error)}): pip install -e '.[train]'"
         ) from error
     try:
         accelerator = Accelerator(

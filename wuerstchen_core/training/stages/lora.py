@@ -19,7 +19,7 @@ from ...checkpoints.safetensors_file import save_file
 from ...models.lora import MODULES
 from ...models.stage_c import Prior, StageCConfig
 from ...util.atomic import replacing
-from ...util.errors import WuerstchenError, first_line
+from ...util.errors import WuerstchenError, readable
 from ..data.options import DataOptions
 from ..loop.draws import Draws
 from ..loop.task import Task
@@ -93,7 +93,7 @@ def add_lora(network: Prior, rank: int, alpha: float, targets: Sequence[str] = T
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise WuerstchenError(
-            f"training a LoRA needs peft 0.18 or later, which could not be imported ({first_line(error)}): "
+            f"training a LoRA needs peft 0.18 or later, which could not be imported ({readable(error)}): "
             "pip install -U -e '.[train]'"
         ) from error
     if rank < 1 or alpha <= 0:
