@@ -1,10 +1,9 @@
-"""ComfyUI's LATENT, IMAGE, MASK and CONDITIONING to the core's tensors and back.
+"""ComfyUI's LATENT, IMAGE and MASK to the core's tensors and back.
 
 A LATENT of ours is {"samples": (B, 16, p, q) of Stage C or (B, 4, h, w) of Stage A, KEY: Geometry}. The geometry keeps
 the exact size of the picture; ComfyUI's own nodes copy it along, or drop it, or leave it on a latent that they resized.
 """
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -12,14 +11,14 @@ from torch import Tensor
 from ..wuerstchen_core import Geometry, WuerstchenError
 from ..wuerstchen_core.geometry import STEP
 from ..wuerstchen_core.pipeline import fit
-from . import host
 
 KEY = "wuerstchen"
+SEMANTIC = "wuerstchen_semantic"  # in a CONDITIONING for Stage B: Stage C's latent
 
 
 def pack(samples: Tensor, geometry: Geometry, like: dict | None = None) -> dict:
     """A LATENT; what else `like` holds (noise mask, batch index) is kept."""
-    return {**(like or {}), "samples": host.to_intermediate(samples), KEY: geometry}
+    return {**(like or {}), "samples": samples, KEY: geometry}
 
 
 def samples_of(latent: dict, channels: int, node: str, sources: str) -> Tensor:
@@ -57,13 +56,16 @@ def mask_of(latent: dict, geometry: Geometry) -> Tensor | None:
     return mask if len(mask) == 1 else mask.repeat(-(-batch // len(mask)), 1, 1, 1)[:batch]
 
 
-def text_of(conditioning: list | None) -> Tensor | None:
-    """The text of a CONDITIONING (1 or B, L, width); several entries are joined along L, to be read together."""
-    return None if conditioning is None else torch.cat([entry[0] for entry in conditioning], dim=1)
-
-
 def picture(image: Tensor) -> Tensor:
     """IMAGE (B, H, W, 3 or 4) -> the same without transparency, cut to sides that are multiples of 8."""
     height, width = (side // STEP * STEP for side in image.shape[1:3])
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     return image[:, top : top + height, left : left + width, :3]
+
+
+def cropped(image: Tensor, geometry: Geometry | None) -> Tensor:
+    """IMAGE as the networks work on it -> the picture in its middle; all of it where that is not known."""
+    if geometry is None:
+        return image
+    left, _, top, _ = geometry.margins
+    return image[:, top : top + geometry.height, left : left + geometry.width]

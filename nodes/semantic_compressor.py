@@ -2,7 +2,7 @@ import torch
 from comfy_api.latest import io
 
 from ..wuerstchen_core import Geometry
-from ..wuerstchen_core.pipeline import compress, fit
+from ..wuerstchen_core.pipeline import fit
 from . import host, latents, sockets
 
 
@@ -16,8 +16,9 @@ class WuerstchenSemanticCompress(io.ComfyNode):
             description="Picture to the small latent that Stage C makes from text, 42.67 : 1 a side. Stage B draws the "
             "picture anew from it, Stage C changes it.",
             inputs=[
-                sockets.SemanticCompressor.Input(
-                    "semantic_compressor", tooltip="From Würstchen Load Semantic Compressor or Würstchen Load Model."
+                io.Vae.Input(
+                    "vae",
+                    tooltip="The semantic VAE, from Würstchen Load Semantic Compressor or Würstchen Load Model.",
                 ),
                 io.Image.Input(
                     "image", tooltip="Of any size: it is scaled to cover width x height, and its middle is used."
@@ -28,8 +29,7 @@ class WuerstchenSemanticCompress(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, semantic_compressor: host.Model, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:
+    def execute(cls, vae, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:
+        host.loading.require_semantic(vae, "Würstchen Semantic Compress")
         geometry = Geometry(width, height)
-        device = semantic_compressor.load()
-        image = fit(image[..., :3].to(device), geometry)
-        return io.NodeOutput(latents.pack(compress(semantic_compressor.network, image), geometry))
+        return io.NodeOutput(latents.pack(vae.encode(fit(image[..., :3], geometry)), geometry))

@@ -1,17 +1,22 @@
-"""Socket types of our own, each carrying a `host.Model`; for everything else the nodes use ComfyUI's."""
+"""Inputs that several nodes have."""
 
 from comfy_api.latest import io
 
 from ..wuerstchen_core.diffusion.samplers import SAMPLERS
+from ..wuerstchen_core.diffusion.schedule import SCHEDULES
 
 CATEGORY = "Würstchen"
+WEIGHT_DTYPES = ("default", "fp16", "bf16", "fp8_e4m3fn")
 
-StageA = io.Custom("WUERSTCHEN_STAGE_A")
-StageB = io.Custom("WUERSTCHEN_STAGE_B")
-StageC = io.Custom("WUERSTCHEN_STAGE_C")
-TextEncoder = io.Custom("WUERSTCHEN_TEXT_ENCODER")
-SemanticCompressor = io.Custom("WUERSTCHEN_SEMANTIC_COMPRESSOR")
-Previewer = io.Custom("WUERSTCHEN_PREVIEWER")
+
+def weight_dtype_input() -> io.Input:
+    return io.Combo.Input(
+        "weight_dtype",
+        options=list(WEIGHT_DTYPES),
+        default="default",
+        tooltip="What the weights of Stage C and Stage B are kept in; default: what ComfyUI chooses for this device. "
+        "fp8_e4m3fn takes a quarter of the memory of fp32, and costs some quality.",
+    )
 
 
 def seed_input(tooltip: str) -> io.Int.Input:
@@ -21,9 +26,7 @@ def seed_input(tooltip: str) -> io.Int.Input:
 def sampling_inputs(steps: int, cfg: float, cfg_tooltip: str) -> list[io.Input]:
     """What both samplers ask for, with a stage's own defaults."""
     return [
-        io.Int.Input(
-            "steps", default=steps, min=1, max=1000, tooltip="More steps are slower, and finer up to a point."
-        ),
+        steps_input(steps),
         io.Float.Input("cfg", default=cfg, min=0.0, max=30.0, step=0.1, round=0.01, tooltip=cfg_tooltip),
         io.Combo.Input(
             "sampler", options=list(SAMPLERS), default="ddpm", tooltip="ddpm adds fresh noise at every step."
@@ -31,12 +34,29 @@ def sampling_inputs(steps: int, cfg: float, cfg_tooltip: str) -> list[io.Input]:
     ]
 
 
-def previewer_input() -> io.Input:
-    return Previewer.Input(
-        "previewer",
-        optional=True,
-        tooltip="From Würstchen Load Previewer, or Würstchen Load Model if its set has one. Without, each position "
-        "of the latent is one colour, as fits the mini.",
+def steps_input(steps: int) -> io.Input:
+    return io.Int.Input(
+        "steps", default=steps, min=1, max=1000, tooltip="More steps are slower, and finer up to a point."
+    )
+
+
+def schedule_input() -> io.Input:
+    return io.Combo.Input(
+        "schedule",
+        options=list(SCHEDULES),
+        default="even",
+        tooltip="Where the steps lie: uneven spends two thirds of them on the first third of the way.",
+    )
+
+
+def denoise_input() -> io.Input:
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="1 starts from pure noise; less keeps that much more of the latent, 0 all of it.",
     )
 
 

@@ -1,13 +1,10 @@
-import math
-
 import torch
+import torch.nn.functional as F
 from comfy_api.latest import io
+from einops import rearrange
 
 from ..wuerstchen_core import Geometry
-from ..wuerstchen_core.pipeline import decode, encode
 from . import host, latents, sockets
-
-WORKING_MEMORY = 64 * 1024  # bytes that the released Stage A works with at its widest, a position of the latent
 
 
 class WuerstchenVQGANDecode(io.ComfyNode):
@@ -17,26 +14,21 @@ class WuerstchenVQGANDecode(io.ComfyNode):
             node_id="WuerstchenVQGANDecode",
             display_name="Würstchen VQGAN Decode",
             category=sockets.CATEGORY,
-            description="Stage A: latent to picture.",
+            description="Stage A: latent to picture, of exactly the size asked for (VAE Decode gives multiples of 64).",
             inputs=[
-                sockets.StageA.Input("stage_a", tooltip="From Würstchen Load Stage A or Würstchen Load Model."),
-                io.Latent.Input("latent", tooltip="From Würstchen Stage B Sampler or Würstchen VQGAN Encode."),
+                io.Vae.Input("vae", tooltip="Stage A: from Würstchen Load Stage A, Würstchen Load Model or Load VAE."),
+                io.Latent.Input("latent", tooltip="From a sampler with Stage B or Würstchen VQGAN Encode."),
             ],
             outputs=[io.Image.Output(tooltip="The pictures.")],
         )
 
     @classmethod
-    def execute(cls, stage_a: host.Model, latent) -> io.NodeOutput:
-        samples = latents.samples_of(
-            latent,
-            stage_a.network.config.latent_channels,
-            "Würstchen VQGAN Decode",
-            "Würstchen Stage B Sampler or Würstchen VQGAN Encode",
-        )
-        geometry = latents.geometry_of_stage_a(latent)
-        device = stage_a.load(WORKING_MEMORY * samples[0, 0].numel())
-        images = [decode(stage_a.network, one.to(device), geometry, stage_a.dtype) for one in samples.split(1)]
-        return io.NodeOutput(host.to_intermediate(torch.cat(images)))
+    def execute(cls, vae, latent) -> io.NodeOutput:
+        node = "Würstchen VQGAN Decode"
+        host.loading.require_stage_a(vae, node)
+        sources = "a sampler with Stage B or Würstchen VQGAN Encode"
+        samples = latents.samples_of(latent, vae.latent_channels, node, sources)
+        return io.NodeOutput(latents.cropped(vae.decode(samples), latents.geometry_of_stage_a(latent)))
 
 
 class WuerstchenVQGANEncode(io.ComfyNode):
@@ -48,16 +40,16 @@ class WuerstchenVQGANEncode(io.ComfyNode):
             category=sockets.CATEGORY,
             description="Stage A: picture to latent, 4 : 1 a side.",
             inputs=[
-                sockets.StageA.Input("stage_a", tooltip="From Würstchen Load Stage A or Würstchen Load Model."),
+                io.Vae.Input("vae", tooltip="Stage A: from Würstchen Load Stage A, Würstchen Load Model or Load VAE."),
                 io.Image.Input("image", tooltip="Its sides are cut to multiples of 8."),
             ],
             outputs=[io.Latent.Output(tooltip="In Stage A's space, for Würstchen VQGAN Decode.")],
         )
 
     @classmethod
-    def execute(cls, stage_a: host.Model, image: torch.Tensor) -> io.NodeOutput:
+    def execute(cls, vae, image: torch.Tensor) -> io.NodeOutput:
+        host.loading.require_stage_a(vae, "Würstchen VQGAN Encode")
         image = latents.picture(image)
         geometry = Geometry(width=image.shape[2], height=image.shape[1])
-        device = stage_a.load(WORKING_MEMORY * math.prod(geometry.stage_a))
-        samples = [encode(stage_a.network, one.to(device), stage_a.dtype) for one in image.split(1)]
-        return io.NodeOutput(latents.pack(torch.cat(samples), geometry))
+        planes = F.pad(rearrange(image, "b h w c -> b c h w"), geometry.margins, mode="replicate")
+        return io.NodeOutput(latents.pack(vae.encode(rearrange(planes, "b c h w -> b h w c")), geometry))

@@ -1,7 +1,60 @@
+import torch
 from comfy_api.latest import io
 
-from ..wuerstchen_core.pipeline import sample_stage_b
+from ..wuerstchen_core.models.stage_b import StageBConfig
 from . import host, latents, sockets
+from .stage_c import CHANNELS
+
+SOURCES = "a sampler with Stage C or Würstchen Semantic Compress"
+NO_TEXT = torch.zeros(1, 77, 0)  # a text encoder of no width: there is none
+
+
+def conditioned(latent: dict, positive: list | None, negative: list | None, node: str) -> tuple[list, list, dict]:
+    """Stage C's LATENT and the prompts for Stage B, if any -> both prompts and the LATENT that Stage B starts from.
+
+    The positive carries the semantic latent. To the negative Stage B gives a zero one, and zeros where the positive has
+    a text and the negative none.
+    """
+    samples = latents.samples_of(latent, CHANNELS, node, SOURCES)
+    geometry = latents.geometry_of_stage_c(latent)
+    positive = [[NO_TEXT, {}]] if positive is None else positive
+    if negative is None:
+        negative = [[torch.zeros_like(text), {}] for text, _ in positive[:1]]
+    positive = [[text, {**more, latents.SEMANTIC: samples}] for text, more in positive]
+    empty = latents.pack(torch.zeros(len(samples), StageBConfig().latent_channels, *geometry.stage_a), geometry)
+    if "batch_index" in latent:
+        empty["batch_index"] = latent["batch_index"]
+    return positive, negative, empty
+
+
+class WuerstchenStageBConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WuerstchenStageBConditioning",
+            display_name="Würstchen Stage B Conditioning",
+            category=sockets.CATEGORY,
+            description="What any of ComfyUI's samplers needs for Stage B: Stage C's latent joins the prompt, and the "
+            "latent to start from has the right size.",
+            inputs=[
+                io.Latent.Input("latent", tooltip="Stage C's: from its sampler, or from Würstchen Semantic Compress."),
+                io.Conditioning.Input(
+                    "positive", optional=True, tooltip="The prompt again, by the CLIP of Stage B. It may be left out."
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="By the CLIP of Stage B; read where cfg is not 1."
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output("positive", display_name="positive", tooltip="For the sampler with Stage B."),
+                io.Conditioning.Output("negative", display_name="negative", tooltip="For the sampler with Stage B."),
+                io.Latent.Output("stage_b", display_name="latent", tooltip="What Stage B starts from, empty."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, latent, positive=None, negative=None) -> io.NodeOutput:
+        return io.NodeOutput(*conditioned(latent, positive, negative, "Würstchen Stage B Conditioning"))
 
 
 class WuerstchenStageBSampler(io.ComfyNode):
@@ -13,10 +66,10 @@ class WuerstchenStageBSampler(io.ComfyNode):
             category=sockets.CATEGORY,
             description="Adds the detail: from Stage C's small latent to one of Stage A, the size of the picture / 4.",
             inputs=[
-                sockets.StageB.Input("stage_b", tooltip="From Würstchen Load Stage B or Würstchen Load Model."),
+                io.Model.Input("model", tooltip="Stage B: from Würstchen Load Stage B or Würstchen Load Model."),
                 io.Latent.Input(
                     "latent",
-                    tooltip="From Würstchen Stage C Sampler, or from Würstchen Semantic Compress to vary a picture.",
+                    tooltip="Stage C's: from its sampler, or from Würstchen Semantic Compress to vary a picture.",
                 ),
                 sockets.seed_input("The same seed gives the same picture; another one, other details."),
                 *sockets.sampling_inputs(
@@ -25,39 +78,29 @@ class WuerstchenStageBSampler(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="The prompt again, by the text encoder of Stage B. It may be left out.",
+                    tooltip="The prompt again, by the CLIP of Stage B. It may be left out.",
                 ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="By the text encoder of Stage B; read where cfg is not 1."
+                    "negative", optional=True, tooltip="By the CLIP of Stage B; read where cfg is not 1."
                 ),
             ],
-            outputs=[io.Latent.Output(tooltip="For Würstchen VQGAN Decode.")],
+            outputs=[io.Latent.Output(tooltip="For Würstchen VQGAN Decode or VAE Decode with Stage A.")],
         )
 
     @classmethod
-    def execute(
-        cls, stage_b: host.Model, latent, seed, steps, cfg, sampler, positive=None, negative=None
-    ) -> io.NodeOutput:
-        samples = latents.samples_of(
-            latent,
-            stage_b.network.config.semantic_channels,
-            "Würstchen Stage B Sampler",
-            "Würstchen Stage C Sampler or Würstchen Semantic Compress",
-        )
-        geometry = latents.geometry_of_stage_c(latent)
-        device = stage_b.load()
-        sampled = sample_stage_b(
-            stage_b.network,
-            samples.to(device),
-            geometry,
-            latents.text_of(positive),
-            latents.text_of(negative),
+    def execute(cls, model, latent, seed, steps, cfg, sampler, positive=None, negative=None) -> io.NodeOutput:
+        node = "Würstchen Stage B Sampler"
+        host.models.require(model, "stage_b", node)
+        positive, negative, empty = conditioned(latent, positive, negative, node)
+        sampled = host.sampling.sample(
+            model,
+            positive,
+            negative,
+            empty["samples"],
+            seed=seed,
             steps=steps,
             cfg=cfg,
             sampler=sampler,
-            seed=seed,
-            batch_index=latent.get("batch_index"),
-            dtype=stage_b.dtype,
-            progress=host.progress(steps),
+            batch_index=empty.get("batch_index"),
         )
-        return io.NodeOutput(latents.pack(sampled, geometry))
+        return io.NodeOutput(latents.pack(sampled, empty[latents.KEY]))

@@ -1,11 +1,11 @@
 import torch
 from comfy_api.latest import io
 
-from ..wuerstchen_core import Geometry, apply_loras
-from ..wuerstchen_core.diffusion.schedule import SCHEDULES
+from ..wuerstchen_core import Geometry
 from ..wuerstchen_core.models.stage_c import StageCConfig
-from ..wuerstchen_core.pipeline import sample_stage_c
 from . import host, latents, sockets
+
+CHANNELS = StageCConfig().latent_channels
 
 
 class WuerstchenEmptyLatent(io.ComfyNode):
@@ -28,8 +28,7 @@ class WuerstchenEmptyLatent(io.ComfyNode):
     @classmethod
     def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
         geometry = Geometry(width, height)
-        empty = torch.zeros(batch_size, StageCConfig().latent_channels, *geometry.stage_c)
-        return io.NodeOutput(latents.pack(empty, geometry))
+        return io.NodeOutput(latents.pack(torch.zeros(batch_size, CHANNELS, *geometry.stage_c), geometry))
 
 
 class WuerstchenStageCSampler(io.ComfyNode):
@@ -39,15 +38,13 @@ class WuerstchenStageCSampler(io.ComfyNode):
             node_id="WuerstchenStageCSampler",
             display_name="Würstchen Stage C Sampler",
             category=sockets.CATEGORY,
-            description="Draws the content: text to a small latent, from noise or from a picture's latent.",
+            description="Draws the content: text to a small latent, from noise or from a picture's latent. A seed "
+            "gives the same picture here and on the command line; ComfyUI's KSampler works as well.",
             inputs=[
-                sockets.StageC.Input(
-                    "stage_c", tooltip="From Würstchen Load Stage C, Würstchen Load Model or Würstchen Load LoRA."
+                io.Model.Input(
+                    "model", tooltip="Stage C: from Würstchen Load Stage C, Würstchen Load Model or a LoRA loader."
                 ),
-                io.Conditioning.Input(
-                    "positive",
-                    tooltip="What is to be seen, by the text encoder of Stage C. Areas and time ranges are not read.",
-                ),
+                io.Conditioning.Input("positive", tooltip="What is to be seen, by the CLIP of Stage C."),
                 io.Conditioning.Input("negative", tooltip="What is not to be seen; an empty text will do."),
                 io.Latent.Input(
                     "latent",
@@ -58,65 +55,31 @@ class WuerstchenStageCSampler(io.ComfyNode):
                 *sockets.sampling_inputs(
                     30, 4.0, "How closely the prompt is followed. 1 is off: faster, and the negative is not read."
                 ),
-                io.Combo.Input(
-                    "schedule",
-                    options=list(SCHEDULES),
-                    default="even",
-                    tooltip="Where the steps lie: uneven spends two thirds of them on the first third of the way.",
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1 starts from pure noise; less keeps that much more of the latent, 0 all of it.",
-                ),
-                sockets.previewer_input(),
+                sockets.schedule_input(),
+                sockets.denoise_input(),
             ],
-            outputs=[io.Latent.Output(tooltip="For Würstchen Stage B Sampler.")],
+            outputs=[io.Latent.Output(tooltip="For Würstchen Stage B Sampler or Würstchen Stage B Conditioning.")],
         )
 
     @classmethod
-    def execute(
-        cls,
-        stage_c: host.Model,
-        positive,
-        negative,
-        latent,
-        seed,
-        steps,
-        cfg,
-        sampler,
-        schedule,
-        denoise,
-        previewer: host.Model | None = None,
-    ) -> io.NodeOutput:
-        samples = latents.samples_of(
-            latent,
-            stage_c.network.config.latent_channels,
-            "Würstchen Stage C Sampler",
-            "Würstchen Empty Latent or Würstchen Semantic Compress",
-        )
+    def execute(cls, model, positive, negative, latent, seed, steps, cfg, sampler, schedule, denoise) -> io.NodeOutput:
+        node = "Würstchen Stage C Sampler"
+        host.models.require(model, "stage_c", node)
+        sources = "Würstchen Empty Latent or Würstchen Semantic Compress"
+        samples = latents.samples_of(latent, CHANNELS, node, sources)
         geometry = latents.geometry_of_stage_c(latent)
-        progress = host.progress(steps, previewer or host.linear_preview())
-        device = stage_c.load()
-        mask = latents.mask_of(latent, geometry)
-        with apply_loras(stage_c.network, stage_c.loras):
-            sampled = sample_stage_c(
-                stage_c.network,
-                samples.to(device),
-                latents.text_of(positive),
-                latents.text_of(negative),
-                steps=steps,
-                cfg=cfg,
-                sampler=sampler,
-                schedule=schedule,
-                denoise=denoise,
-                seed=seed,
-                mask=None if mask is None else mask.to(device),
-                batch_index=latent.get("batch_index"),
-                dtype=stage_c.dtype,
-                progress=progress,
-            )
+        sampled = host.sampling.sample(
+            model,
+            positive,
+            negative,
+            samples,
+            seed=seed,
+            steps=steps,
+            cfg=cfg,
+            sampler=sampler,
+            schedule=schedule,
+            denoise=denoise,
+            mask=latents.mask_of(latent, geometry),
+            batch_index=latent.get("batch_index"),
+        )
         return io.NodeOutput(latents.pack(sampled, geometry, like=latent))

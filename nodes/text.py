@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from . import host, sockets
+from . import sockets
 
 
 class WuerstchenTextEncode(io.ComfyNode):
@@ -10,25 +10,22 @@ class WuerstchenTextEncode(io.ComfyNode):
             node_id="WuerstchenTextEncode",
             display_name="Würstchen Text Encode",
             category=sockets.CATEGORY,
-            description="Reads a prompt for Stage C or Stage B, each with its own text encoder.",
+            description="Reads a prompt for Stage C or Stage B, each with its own text encoder. ComfyUI's CLIP Text "
+            "Encode does the same.",
             inputs=[
-                sockets.TextEncoder.Input(
-                    "text_encoder", tooltip="The text encoder of the stage that the prompt is for."
-                ),
+                io.Clip.Input("clip", tooltip="The text encoder of the stage that the prompt is for."),
                 io.String.Input(
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="What is to be seen; as a negative prompt, what is not. (word:1.2) stresses a word. "
-                    "A text of any length is read.",
+                    tooltip="What is to be seen; as a negative prompt, what is not. (word:1.2) stresses a word, "
+                    "embedding:name reads an embedding. A text of any length is read.",
                 ),
             ],
             outputs=[io.Conditioning.Output(tooltip="For the positive or the negative input of the sampler.")],
         )
 
     @classmethod
-    def execute(cls, text_encoder: host.Model, text: str) -> io.NodeOutput:
-        text_encoder.load()
-        encoded = host.to_intermediate(text_encoder.network([text]))
-        return io.NodeOutput([[encoded, {}]])
+    def execute(cls, clip, text: str) -> io.NodeOutput:
+        return io.NodeOutput(clip.encode_from_tokens_scheduled(clip.tokenize(text)))

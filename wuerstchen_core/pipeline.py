@@ -91,7 +91,7 @@ def sample_stage_c(
     texts = _texts(text, negative if cfg != 1 else None, latent.shape[0], stage_c.config.text_width, "Stage C")
     condition = stage_c.condition(texts.to(latent.device, dtype))
     times = sampling_times(steps, schedule, denoise)
-    draw = _noise(latent, seed, batch_index)
+    draw = noise_source(latent, seed, batch_index)
     sampled = _sample(stage_c, condition, latent, times, cfg, sampler, draw, mask, dtype, progress)
     return _finite(sampled, "Stage C", dtype)
 
@@ -144,7 +144,7 @@ def sample_stage_b(
         texts = _texts(text, negative if cfg != 1 else None, batch, width, "Stage B").to(device, dtype)
     condition = stage_b.condition(features.to(dtype), texts, latent.shape[-2:])
     times = sampling_times(steps, schedule, denoise)
-    draw = _noise(latent, seed, batch_index)
+    draw = noise_source(latent, seed, batch_index)
     sampled = _sample(stage_b, condition, latent, times, cfg, sampler, draw, mask, dtype, progress)
     return _finite(sampled, "Stage B", dtype)
 
@@ -339,7 +339,7 @@ def _sample(network, condition, latent, times, cfg, sampler, draw, mask, dtype, 
     return sampled if mask is None else torch.lerp(latent, sampled, mask)
 
 
-def _noise(latent: Tensor, seed: int, batch_index: list[int] | None) -> Callable[[], Tensor]:
+def noise_source(latent: Tensor, seed: int, batch_index: list[int] | None) -> Callable[[], Tensor]:
     """Standard normal noise in the latent's shape at every call, drawn on the CPU.
 
     Each call has a generator of its own, the first one the seed's, so that a picture gets the same noise whatever the

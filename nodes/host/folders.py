@@ -35,6 +35,16 @@ def model_sets() -> dict[str, Path]:
     return sets
 
 
+def set_folder(name: str) -> Path:
+    """The folder of a set's name; nothing but the names that `model_sets` has is a way to one."""
+    sets = model_sets()
+    if name not in sets:
+        raise WuerstchenError(
+            f"{name}: there is no whole set of that name in models/{FOLDER}; take {' or '.join(sets)}"
+        )
+    return sets[name]
+
+
 def weight_files(kind: str) -> dict[str, Path]:
     """Name -> file of everything that ComfyUI lists in the folders of a kind of network.
 

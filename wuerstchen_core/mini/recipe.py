@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoints.load import load_semantic_compressor, load_stage_a, load_text_encoder, save
+from ..checkpoints.load import load_semantic_compressor, load_stage_a, load_text_encoder, outline, save
 from ..geometry import Geometry
 from ..models.blocks import LayerNorm2d, ResBlock
 from ..models.latent_space import LatentSpace
@@ -584,7 +584,8 @@ def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     seen = load_features(emoji, work, with_stage_a=True)
     encoder = load_text_encoder(work / "text_encoder.safetensors")
     states, nothing = read_captions(seen, encoder, work), encoder([""])
-    stage_b = DiffNeXt(STAGE_B)
+    scale = outline(work / "stage_a.safetensors", "stage_a").config.scale_factor
+    stage_b = DiffNeXt(dataclasses.replace(STAGE_B, stage_a_scale=scale))
     initialise(stage_b)
 
     def loss(generator: random.Random) -> Tensor:

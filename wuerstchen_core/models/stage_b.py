@@ -28,6 +28,7 @@ class StageBConfig:
     time_width: int = 64
     dropout: float = 0.0
     latent_space: LatentSpace = field(default_factory=LatentSpace)  # of the Stage C it works with
+    stage_a_scale: float = 0.3764  # scale_factor of the Stage A whose latents it denoises
 
 
 class StageBCondition(NamedTuple):
