@@ -15,7 +15,7 @@ import torch
 
 import wuerstchen_core as w
 from tests.reference import fill_zeros
-from wuerstchen_core.checkpoints.files import SET
+from wuerstchen_core.checkpoints.sets import SET
 from wuerstchen_core.models.latent_space import LatentSpace
 from wuerstchen_core.models.semantic_compressor import BackboneStage, SemanticCompressor, SemanticCompressorConfig
 from wuerstchen_core.models.stage_a import VQGAN, StageAConfig

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import wuerstchen_core as w
+from tests.checkpoints.published import small_compressor
 from tests.reference import clip_tokenizer, randomise
-from tests.test_layouts import small_compressor
 from wuerstchen_core import pipeline
 
 

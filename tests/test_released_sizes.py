@@ -11,8 +11,8 @@ from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenD
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from tests.checkpoints.published import LOADERS, G, H, PublishedCompressor, as_published
 from tests.reference import clip_tokenizer, distance, randomise
-from tests.test_layouts import LOADERS, G, H, PublishedCompressor, as_published
 
 TOLERANCE = 1e-4  # relative, float32
 PROMPTS = ["a cat", "an oil painting of a lighthouse by the sea in a storm, with 3 gulls above it"]

@@ -11,7 +11,7 @@ import torch
 
 import wuerstchen_core as w
 from tests.reference import fill_zeros
-from wuerstchen_core.checkpoints.files import SET
+from wuerstchen_core.checkpoints.sets import MINI, SET
 from wuerstchen_core.models.stage_c import Prior, StageCConfig
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
 
@@ -309,7 +309,7 @@ def execute(run):
 
 @pytest.fixture
 def tiny_as_mini(module, tiny_folder, monkeypatch):
-    monkeypatch.setattr(module("nodes.host"), "MINI", tiny_folder)
+    monkeypatch.setattr(module("nodes.host.folders"), "MINI", tiny_folder)
 
 
 def smaller(graph, steps, size=256):
@@ -374,7 +374,7 @@ def test_the_released_graph_is_what_the_core_generates(execute, released):
     }
     networks = {role: released[name] for role, name in paths.items()}
     (prompt,) = (node["inputs"]["value"] for node in graph.values() if node["class_type"] == "PrimitiveStringMultiline")
-    pipe = w.Wuerstchen.from_files(**networks, semantic_compressor=w.pipeline.MINI / SET["semantic_compressor"])
+    pipe = w.Wuerstchen.from_files(**networks, semantic_compressor=MINI / SET["semantic_compressor"])
     expected = pipe.generate(prompt, seed=1, steps_c=5, steps_b=5, cfg_c=4.0, schedule="uneven")
     torch.testing.assert_close(execute(graph), expected, rtol=1e-4, atol=1e-4)
 

@@ -125,7 +125,9 @@ def parts(archive: Archive) -> dict[str, Part]:
     return found
 
 
-def load_network(kind: str, path: str | Path, device, dtype: torch.dtype | None, **options) -> nn.Module:
+def load_network(
+    kind: str, path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, **options
+) -> nn.Module:
     """The network of a kind from `path`; see `load_stage_a`.
 
     `network`, an option, is the class to make it of in place of the kind's own, of which it is a subclass.

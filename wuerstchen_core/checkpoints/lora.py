@@ -131,7 +131,7 @@ def _config(archive: Archive) -> dict:
     if METADATA_KEY in archive.metadata:
         source, text = f"{archive.path}: its metadata {METADATA_KEY!r}", archive.metadata[METADATA_KEY]
     elif archive.path.stem == "adapter_model" and beside.exists():
-        source, text = f"{beside}: it", beside.readsize_text(encoding="utf-8", errors="replace")
+        source, text = f"{beside}: it", beside.read_text(encoding="utf-8", errors="replace")
     else:
         return {}
     try:

@@ -1,0 +1,42 @@
+"""The benchmark's figures, by its command."""
+
+import os
+import re
+
+import pytest
+
+from wuerstchen_core import save
+from wuerstchen_core.cli import main
+from wuerstchen_core.models.stage_c import Prior, StageCConfig
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_benchmark_times_each_stage(tiny_folder, capsys):
+    assert main(["benchmark", "--runs", "1", "--model", str(tiny_folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["load", "picture", "peak"]
+    assert all(stage in lines[1] for stage in ("Stage C", "Stage B", "Stage A"))
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak of resident memory")
+def test_benchmark_tells_what_loading_takes(tiny_folder, tmp_path, capsys):
+    """Every file on a line, with its time, its size and how much of that the peak of memory was."""
+    large = tmp_path / "c.safetensors"
+    save(Prior(StageCConfig(width=512, depth=8, heads=8, text_width=64)), large)
+    assert main(["benchmark", "--load", str(tiny_folder / "stage_a.safetensors"), str(large)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{tiny_folder / 'stage_a.safetensors'}: stage_a in ")
+    told = re.fullmatch(r"(.*): stage_c in (.*) s, (.*) MB, peak memory (.*) MB \((.*) of the file\)", second)
+    assert told[1] == str(large) and float(told[3]) == pytest.approx(large.stat().st_size / 1e6, abs=0.1)
+    assert float(told[5]) == pytest.approx(float(told[4]) / float(told[3]), abs=0.01)
+    assert 0.5 < float(told[5]) < 1.15
+
+
+def test_benchmark_names_what_is_no_model(tmp_path, capsys):
+    (tmp_path / "text.pt").write_text("no model")
+    assert main(["benchmark", "--load", "text.pt"]) == 2
+    assert "text.pt: not a model" in capsys.readouterr().err
