@@ -54,7 +54,7 @@ def call(run, nodes, host_nodes):
                 results = node.EXECUTE_NORMALIZED(**inputs).result
             else:
                 results = getattr(node(), node.FUNCTION)(**inputs)
-        results = results.get("result", (results,)) if isinstance(results, dict) else results
+        results = results.get("result", ()) if isinstance(results, dict) else results or ()
         return results[0] if len(results) == 1 else results
 
     return call
