@@ -46,9 +46,9 @@ class WuerstchenStageBConditioning(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output("positive", display_name="positive", tooltip="For the sampler with Stage B."),
-                io.Conditioning.Output("negative", display_name="negative", tooltip="For the sampler with Stage B."),
-                io.Latent.Output("stage_b", display_name="latent", tooltip="What Stage B starts from, empty."),
+                io.Conditioning.Output("positive_b", display_name="positive", tooltip="For the sampler with Stage B."),
+                io.Conditioning.Output("negative_b", display_name="negative", tooltip="For the sampler with Stage B."),
+                io.Latent.Output("latent_b", display_name="latent", tooltip="What Stage B starts from, empty."),
             ],
         )
 
