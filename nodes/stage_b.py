@@ -1,6 +1,7 @@
 import torch
 from comfy_api.latest import io
 
+from ..wuerstchen_core.diffusion.options import SamplingOptions
 from ..wuerstchen_core.models.stage_b import StageBConfig
 from . import host, latents, sockets
 from .stage_c import CHANNELS
@@ -12,14 +13,15 @@ NO_TEXT = torch.zeros(1, 77, 0)  # a text encoder of no width: there is none
 def conditioned(latent: dict, positive: list | None, negative: list | None, node: str) -> tuple[list, list, dict]:
     """Stage C's LATENT and the prompts for Stage B, if any -> both prompts and the LATENT that Stage B starts from.
 
-    The positive carries the semantic latent. To the negative Stage B gives a zero one, and zeros where the positive has
-    a text and the negative none.
+    The positive carries the semantic latent; to the negative Stage B gives a zero one. Of two prompts one alone is
+    zeros.
     """
     samples = latents.samples_of(latent, CHANNELS, node, SOURCES)
     geometry = latents.geometry_of_stage_c(latent)
-    positive = [[NO_TEXT, {}]] if positive is None else positive
+    if positive is None:
+        positive = [[NO_TEXT if negative is None else torch.zeros_like(negative[0][0]), {}]]
     if negative is None:
-        negative = [[torch.zeros_like(text), {}] for text, _ in positive[:1]]
+        negative = [[torch.zeros_like(positive[0][0]), {}]]
     positive = [[text, {**more, latents.SEMANTIC: samples}] for text, more in positive]
     empty = latents.pack(torch.zeros(len(samples), StageBConfig().latent_channels, *geometry.stage_a), geometry)
     if "batch_index" in latent:
@@ -97,10 +99,7 @@ class WuerstchenStageBSampler(io.ComfyNode):
             positive,
             negative,
             empty["samples"],
-            seed=seed,
-            steps=steps,
-            cfg=cfg,
-            sampler=sampler,
+            SamplingOptions(steps, cfg, sampler, seed=seed),
             batch_index=empty.get("batch_index"),
         )
         return io.NodeOutput(latents.pack(sampled, empty[latents.KEY]))

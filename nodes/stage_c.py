@@ -2,6 +2,7 @@ import torch
 from comfy_api.latest import io
 
 from ..wuerstchen_core import Geometry
+from ..wuerstchen_core.diffusion.options import SamplingOptions
 from ..wuerstchen_core.models.stage_c import StageCConfig
 from . import host, latents, sockets
 
@@ -73,12 +74,7 @@ class WuerstchenStageCSampler(io.ComfyNode):
             positive,
             negative,
             samples,
-            seed=seed,
-            steps=steps,
-            cfg=cfg,
-            sampler=sampler,
-            schedule=schedule,
-            denoise=denoise,
+            SamplingOptions(steps, cfg, sampler, schedule, denoise, seed),
             mask=latents.mask_of(latent, geometry),
             batch_index=latent.get("batch_index"),
         )

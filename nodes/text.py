@@ -1,5 +1,6 @@
 from comfy_api.latest import io
 
+from ..wuerstchen_core import WuerstchenError
 from . import sockets
 
 
@@ -28,4 +29,9 @@ class WuerstchenTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, text: str) -> io.NodeOutput:
+        if clip is None:
+            raise WuerstchenError(
+                "Würstchen Text Encode: this set has no text encoder for Stage B, which draws without a prompt: leave its "
+                "positive and negative inputs open"
+            )
         return io.NodeOutput(clip.encode_from_tokens_scheduled(clip.tokenize(text)))

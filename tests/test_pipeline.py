@@ -206,7 +206,6 @@ def run_stage(tiny, stage, network, dtype):
     "stage, layer, named",
     [
         ("stage_c", "projection", "Stage C"),
-        ("stage_b", "embedding.1", "Stage B"),
         ("stage_a, decoding", "up_blocks.0.0", "Stage A"),
         ("stage_a, encoding", "in_block.1", "Stage A"),
         ("semantic_compressor", "backbone.0.0", "the semantic compressor"),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .util.errors import WuerstchenError
+from .util.checks import whole_number
 
 STEP = 8  # a picture's sides are multiples of this
 WORK_STEP = 64  # Stage B: Stage A's factor 4 times patch 2 times three halvings
@@ -27,9 +27,8 @@ class Geometry:
 
     def __post_init__(self):
         for name in ("width", "height"):
-            side = getattr(self, name)
-            if side % STEP or not STEP <= side <= MAX_SIDE:
-                raise WuerstchenError(f"{name} is {side}: it must be a multiple of {STEP} from {STEP} to {MAX_SIDE}")
+            whole = whole_number(name, getattr(self, name), STEP, MAX_SIDE, multiple_of=STEP)
+            object.__setattr__(self, name, whole)  # an int, whatever integer type it came as
 
     @property
     def work(self) -> tuple[int, int]:

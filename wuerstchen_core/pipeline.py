@@ -6,9 +6,11 @@ float32. All noise is drawn on the CPU, so that a seed gives the same picture on
 or a WuerstchenError says which network went beyond its precision.
 """
 
+import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -27,8 +29,9 @@ from .checkpoints.load import (
 )
 from .checkpoints.sets import MINI, find_set
 from .diffusion.guidance import guide, keep_outside, prepare
-from .diffusion.samplers import sampler_named
-from .diffusion.schedule import add_noise, sampling_times
+from .diffusion.options import MAX_CFG, STAGE_B, STAGE_C, SamplingOptions
+from .diffusion.samplers import SAMPLERS
+from .diffusion.schedule import MAX_STEPS, add_noise, sampling_times
 from .geometry import Geometry
 from .models.previewer import Previewer
 from .models.semantic_compressor import SemanticCompressor
@@ -36,8 +39,15 @@ from .models.stage_a import VQGAN
 from .models.stage_b import DiffNeXt
 from .models.stage_c import Prior
 from .models.text_encoder import TextEncoder
+from .util import checks
 from .util.errors import WuerstchenError
 from .util.finite import is_finite
+from .util.notices import tell_once
+from .util.pictures import as_images
+
+DENOISE = 0.6  # of a picture to start from, where nothing else is asked for
+MAX_BATCH = 1024
+MAX_INDEX = 65_536  # of a picture in its batch: the noise of all before it is drawn with it
 
 Progress = Callable[[int, int, Tensor], None]  # (step from 1, steps, clean latent predicted at that step)
 
@@ -45,8 +55,7 @@ Progress = Callable[[int, int, Tensor], None]  # (step from 1, steps, clean late
 @torch.inference_mode()
 def compress(compressor: SemanticCompressor, image: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """image (B, H, W, 3), sides multiples of 8 -> its latent in Stage C's space (B, 16, p, q)"""
-    geometry = Geometry(width=image.shape[2], height=image.shape[1])
-    planes = F.pad(_planes(image), geometry.margins, mode="replicate")
+    planes, geometry = _padded(image)
     planes = F.interpolate(planes, size=geometry.compressor, mode="bicubic", antialias=True).clamp(0, 1)
     dtype = dtype or _dtype(compressor)
     features = _finite(compressor(planes.to(dtype)).float(), "the semantic compressor", dtype)
@@ -59,40 +68,36 @@ def sample_stage_c(
     latent: Tensor,
     text: Tensor,
     negative: Tensor | None = None,
+    options: SamplingOptions = STAGE_C,
     *,
-    steps: int = 30,
-    cfg: float = 4.0,
-    sampler: str = "ddpm",
-    schedule: str = "even",
-    denoise: float = 1.0,
-    seed: int = 0,
     mask: Tensor | None = None,
     batch_index: list[int] | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    **changed,
 ) -> Tensor:
     """Text -> latent in Stage C's space (B, 16, p, q).
 
     Args:
         latent: (B, 16, p, q), what to start from; it counts where denoise < 1 or a mask is given.
         text, negative: (1 or B, L, text_width) from the text encoder; negative is needed unless cfg is 1.
-        cfg: strength of the guidance; 1 is off.
-        denoise: in [0, 1]; 1 starts from pure noise, less keeps that much more of `latent`.
-        mask: (1 or B, 1, p, q) in [0, 1]; where it is 0, `latent` is kept.
+        options, changed: how to sample; `changed` are fields of SamplingOptions that differ (`steps=20, seed=3`).
+        mask: (1 or B, 1, p, q) in [0, 1]; where it is 0, `latent` is kept, and between 0 and 1 the predicted clean
+            latent is blended with it at every step.
         batch_index: which pictures of a larger batch these are: they get the noise that they would get there.
 
     Raises:
-        WuerstchenError: the text comes from an encoder of another width, an option is out of its range, or the network
-            went beyond its precision.
+        WuerstchenError: the text comes from an encoder of another width, an option is out of its range, a size does not
+            fit, or the network went beyond its precision.
     """
-    if cfg != 1 and negative is None:
-        raise WuerstchenError(f"cfg {cfg} needs a negative prompt's encoding (that of an empty text will do)")
+    options = replace(options, **changed)
+    if options.cfg != 1 and negative is None:
+        raise WuerstchenError(f"cfg {options.cfg} needs a negative prompt's encoding (that of an empty text will do)")
     dtype = dtype or _dtype(stage_c)
-    texts = _texts(text, negative if cfg != 1 else None, latent.shape[0], stage_c.config.text_width, "Stage C")
+    _check_latent("Stage C", latent, stage_c.config.latent_channels)
+    texts = _texts("Stage C", stage_c.config.text_width, latent.shape[0], text, negative, options.cfg != 1)
     condition = stage_c.condition(texts.to(latent.device, dtype))
-    times = sampling_times(steps, schedule, denoise)
-    draw = noise_source(latent, seed, batch_index)
-    sampled = _sample(stage_c, condition, latent, times, cfg, sampler, draw, mask, dtype, progress)
+    sampled = _sample("Stage C", stage_c, condition, latent, options, mask, batch_index, dtype, progress)
     return _finite(sampled, "Stage C", dtype)
 
 
@@ -103,57 +108,66 @@ def sample_stage_b(
     geometry: Geometry,
     text: Tensor | None = None,
     negative: Tensor | None = None,
+    options: SamplingOptions = STAGE_B,
     *,
-    steps: int = 12,
-    cfg: float = 1.0,
-    sampler: str = "ddpm",
-    schedule: str = "even",
-    denoise: float = 1.0,
-    seed: int = 0,
     latent: Tensor | None = None,
     mask: Tensor | None = None,
     batch_index: list[int] | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    **changed,
 ) -> Tensor:
     """Latent of Stage C -> latent of Stage A (B, 4, h, w) for a picture of the geometry's size.
 
+    Where the network overflows in float16 it is run again, in float32, and that is told once.
+
     Args:
         semantic: (B, 16, p, q) in Stage C's space, from Stage C or from the compressor.
-        text, negative: (1 or B, L, text_width), or None for none. With guidance on, the unconditional half gets a zero
-            semantic latent.
+        text, negative: (1 or B, L, text_width). None is no text: zero states, or what the network was trained with
+            (`StageBConfig.text_absent`). With guidance on, the unconditional half gets a zero semantic latent.
         latent: (B, 4, h, w), what to start from where denoise < 1 or a mask (1 or B, 1, h, w) is given.
         The others are those of `sample_stage_c`.
 
     Raises:
-        WuerstchenError: the text comes from an encoder of another width, an option is out of its range, or the network
-            went beyond its precision.
+        WuerstchenError: the text comes from an encoder of another width, an option is out of its range, a size does not
+            fit, or the network went beyond its precision.
     """
+    options = replace(options, **changed)
     dtype = dtype or _dtype(stage_b)
+    config, guided = stage_b.config, options.cfg != 1
+    _check_latent("Stage B, semantic", semantic, config.semantic_channels)
     batch, device = semantic.shape[0], semantic.device
     if latent is None:
-        latent = torch.zeros(batch, stage_b.config.latent_channels, *geometry.stage_a, device=device)
-    features = stage_b.config.latent_space.to_features(semantic.float())
-    if cfg != 1:
+        latent = torch.zeros(batch, config.latent_channels, *geometry.stage_a, device=device)
+    _check_latent("Stage B", latent, config.latent_channels, (batch, *geometry.stage_a))
+    features = config.latent_space.to_features(semantic.float())
+    if guided:
         features = torch.cat([features, torch.zeros_like(features)])
-        if text is not None and negative is None:
-            negative = torch.zeros_like(text)
     texts = None
-    if text is not None:
-        width = stage_b.config.text_width
-        texts = _texts(text, negative if cfg != 1 else None, batch, width, "Stage B").to(device, dtype)
-    condition = stage_b.condition(features.to(dtype), texts, latent.shape[-2:])
-    times = sampling_times(steps, schedule, denoise)
-    draw = noise_source(latent, seed, batch_index)
-    sampled = _sample(stage_b, condition, latent, times, cfg, sampler, draw, mask, dtype, progress)
-    return _finite(sampled, "Stage B", dtype)
+    if text is not None or negative is not None:
+        text = torch.zeros_like(negative) if text is None else text
+        negative = torch.zeros_like(text) if negative is None else negative
+        texts = _texts("Stage B", config.text_width, batch, text, negative, guided).to(device)
+
+    def run(dtype: torch.dtype) -> Tensor:
+        given = None if texts is None else texts.to(dtype)
+        condition = stage_b.condition(features.to(dtype), given, latent.shape[-2:])
+        return _sample("Stage B", stage_b, condition, latent, options, mask, batch_index, dtype, progress)
+
+    try:
+        return _finite(run(dtype), "Stage B", dtype)
+    except _Overflow:
+        if dtype != torch.float16:
+            raise
+    tell_once("Stage B overflows in float16: it goes on in float32, slower and with more memory")
+    with _in_float32(stage_b):
+        return _finite(run(torch.float32), "Stage B", torch.float32)
 
 
 @torch.inference_mode()
 def encode(stage_a: VQGAN, image: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """image (B, H, W, 3), sides multiples of 8 -> latent of Stage A (B, 4, h, w)"""
-    geometry = Geometry(width=image.shape[2], height=image.shape[1])
-    planes = F.pad(_planes(image), geometry.margins, mode="replicate")
+    planes, _ = _padded(image)
     dtype = dtype or _dtype(stage_a)
     return _finite(stage_a.encode(planes.to(dtype)).float(), "Stage A", dtype)
 
@@ -186,26 +200,60 @@ def preview(previewer: Previewer, latent: Tensor, dtype: torch.dtype | None = No
 
 
 def fit(image: Tensor, geometry: Geometry) -> Tensor:
-    """image (B, H, W, 3) scaled to cover the geometry's size, its middle cut out"""
-    height, width = image.shape[1:3]
-    scale = max(geometry.height / height, geometry.width / width)
-    size = max(geometry.height, round(height * scale)), max(geometry.width, round(width * scale))
-    top, left = (size[0] - geometry.height) // 2, (size[1] - geometry.width) // 2
-    planes = F.interpolate(_planes(image), size=size, mode="bicubic", antialias=True).clamp(0, 1)
-    planes = planes[:, :, top : top + geometry.height, left : left + geometry.width]
-    return rearrange(planes, "b c h w -> b h w c")
+    """image (B, H, W, C) -> (B, height, width, C): scaled to cover the geometry's size, its middle cut out.
+
+    Only what is seen is computed: a thin picture takes no more memory than another.
+    """
+    planes = _planes(image)
+    sides = image.shape[1:3]
+    scale = max(geometry.height / sides[0], geometry.width / sides[1])
+    cuts = []
+    for dim, side, seen in ((2, sides[0], geometry.height), (3, sides[1], geometry.width)):
+        size = max(seen, round(side * scale))
+        cuts.append((seen / side, dim, size, (size - seen) // 2, seen))
+    for _, *cut in sorted(cuts):  # what shrinks most comes first
+        planes = _resample(planes, *cut)
+    return rearrange(planes.clamp(0, 1), "b c h w -> b h w c")
+
+
+def _resample(planes: Tensor, dim: int, size: int, start: int, count: int) -> Tensor:
+    """Rows `start` to `start + count` of what antialiased bicubic scaling of a dimension to `size` would give."""
+    side = planes.shape[dim]
+    step = side / size
+    stretch = max(step, 1.0)
+    centres = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * step
+    taps = torch.arange(math.ceil(4 * stretch) + 1)
+    index = (centres - 2 * stretch).floor().long()[:, None] + taps
+    weights = _keys((index + 0.5 - centres[:, None]).abs() / stretch) * ((index >= 0) & (index < side))
+    weights = (weights / weights.sum(dim=1, keepdim=True)).to(planes)
+    index = index.clamp(0, side - 1).to(planes.device)
+    shape = [-1 if i == dim else 1 for i in range(4)]
+    resampled = torch.zeros_like(planes.narrow(dim, 0, 1)).repeat_interleave(count, dim)
+    for column, weight in zip(index.T, weights.T, strict=True):
+        resampled.addcmul_(planes.index_select(dim, column), weight.reshape(shape))
+    return resampled
+
+
+def _keys(distance: Tensor) -> Tensor:
+    """Keys' cubic convolution kernel with a = -0.5, as antialiased scaling has it."""
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return torch.where(distance <= 1, near, torch.where(distance < 2, far, torch.zeros_like(distance)))
 
 
 @dataclass
 class Wuerstchen:
-    """A whole set of networks. `text_encoder_c` and `text_encoder_b` may be the same one; the previewer is optional."""
+    """A whole set of networks. `text_encoder_c` and `text_encoder_b` may be the same one.
+
+    The previewer is optional, and so is `text_encoder_b`: without it Stage B reads no text, which hardly matters.
+    """
 
     stage_a: VQGAN
     stage_b: DiffNeXt
     stage_c: Prior
     text_encoder_c: TextEncoder
-    text_encoder_b: TextEncoder
     semantic_compressor: SemanticCompressor
+    text_encoder_b: TextEncoder | None = None
     previewer: Previewer | None = None
 
     @classmethod
@@ -216,21 +264,24 @@ class Wuerstchen:
         stage_b: str | Path,
         stage_c: str | Path,
         text_encoder_c: str | Path,
-        text_encoder_b: str | Path,
         semantic_compressor: str | Path,
+        text_encoder_b: str | Path | None = None,
         previewer: str | Path | None = None,
         device="cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "Wuerstchen":
-        """A file a network. Raises WuerstchenError for a file that is not what its name here says."""
-        encoder_c = load_text_encoder(text_encoder_c, device, dtype)
-        shared = Path(text_encoder_b) == Path(text_encoder_c)
+        """One file per network. Raises WuerstchenError for a file that is not what its name here says."""
+        encoder_c = encoder_b = load_text_encoder(text_encoder_c, device, dtype)
+        if text_encoder_b is None:
+            encoder_b = None
+        elif Path(text_encoder_b) != Path(text_encoder_c):
+            encoder_b = load_text_encoder(text_encoder_b, device, dtype)
         return cls(
             stage_a=load_stage_a(stage_a, device, dtype),
             stage_b=load_stage_b(stage_b, device, dtype),
             stage_c=load_stage_c(stage_c, device, dtype),
             text_encoder_c=encoder_c,
-            text_encoder_b=encoder_c if shared else load_text_encoder(text_encoder_b, device, dtype),
+            text_encoder_b=encoder_b,
             semantic_compressor=load_semantic_compressor(semantic_compressor, device, dtype),
             previewer=None if previewer is None else load_previewer(previewer, device, dtype),
         )
@@ -253,90 +304,116 @@ class Wuerstchen:
         negative_prompt: str = "",
         width: int = 256,
         height: int = 256,
-        batch_size: int = 1,
-        seed: int = 0,
-        steps_c: int = 30,
-        cfg_c: float = 4.0,
-        steps_b: int = 12,
-        cfg_b: float = 1.0,
-        sampler: str = "ddpm",
-        schedule: str = "even",
-        image: Tensor | None = None,
-        denoise: float = 1.0,
+        batch_size: int | None = None,
+        seed: int = STAGE_C.seed,
+        steps_c: int = STAGE_C.steps,
+        cfg_c: float = STAGE_C.cfg,
+        steps_b: int = STAGE_B.steps,
+        cfg_b: float = STAGE_B.cfg,
+        sampler: str = STAGE_C.sampler,
+        schedule: str = STAGE_C.schedule,
+        image=None,
+        denoise: float | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Tensor:
         """Prompt, and a picture if there is one -> pictures (batch_size, height, width, 3) in [0, 1].
 
         Args:
+            prompt, negative_prompt: one text each; without guidance (cfg 1) the negative one is not used.
             width, height: pixels, multiples of 8.
+            batch_size: how many pictures; by default as many as `image` has, or one.
             cfg_c, cfg_b: strength of the guidance; 1 is off.
-            image: (H, W, 3) or (B, H, W, 3) in [0, 1]; scaled to cover the size asked for, and its middle used.
-            denoise: with an image, how much of it Stage C redraws: 0 (a variation: Stage B draws it anew) to 1 (all).
+            schedule: Stage C's.
+            image: what `as_images` takes: a tensor or array (H, W, C) or (B, H, W, C), or a PIL image; scaled to cover
+                the size asked for, and its middle used. Fewer than batch_size are used in turn.
+            denoise: with an image, how much of it Stage C redraws: 0 (a variation: Stage B draws it anew) to 1 (all),
+                by default 0.6.
             progress: called as (stage, step, steps) after each step.
 
         Raises:
-            WuerstchenError: a size, a number of steps or another option is out of its range.
+            WuerstchenError: an option is of another type or out of its range, or contradicts another; before any
+                network runs.
         """
         geometry = Geometry(width, height)
-        if batch_size < 1:
-            raise WuerstchenError(f"batch_size is {batch_size}: at least 1 is needed")
+        checks.text("prompt", prompt)
+        checks.text("negative_prompt", negative_prompt)
+        if progress is not None and not callable(progress):
+            raise WuerstchenError(f"progress is {checks.shown(progress)}: it must be a function")
+        if image is None:
+            if denoise is not None and checks.real_number("denoise", denoise, 0.0, 1.0) != 1:
+                raise WuerstchenError(f"denoise is {checks.shown(denoise)}, but there is no image to start from")
+            count, denoise = 1, 1.0
+        else:
+            image = as_images(image)
+            count, denoise = len(image), DENOISE if denoise is None else denoise
+        batch = checks.whole_number("batch_size", count if batch_size is None else batch_size, 1, MAX_BATCH)
+        if batch % count:
+            raise WuerstchenError(f"batch_size is {batch}, but image holds {count} pictures: leave batch_size out")
+        options_c = _options("c", steps_c, cfg_c, sampler, schedule, denoise, seed)
+        options_b = _options("b", steps_b, cfg_b, sampler, STAGE_B.schedule, STAGE_B.denoise, seed)
         device = self.stage_c.projection.weight.device
 
         def report(stage: str) -> Progress | None:
             return progress and (lambda step, steps, clean: progress(stage, step, steps))
 
+        text_c, text_b = self._read(prompt, negative_prompt, cfg_c != 1, cfg_b != 1)
         if image is None:
-            denoise = 1.0
-            latent = torch.zeros(batch_size, self.stage_c.config.latent_channels, *geometry.stage_c, device=device)
+            latent = torch.zeros(batch, self.stage_c.config.latent_channels, *geometry.stage_c, device=device)
         else:
-            image = image if image.dim() == 4 else image[None]
             latent = compress(self.semantic_compressor, fit(image.to(device), geometry))
-            latent = latent.repeat(-(-batch_size // len(latent)), 1, 1, 1)[:batch_size]
-        semantic = sample_stage_c(
-            self.stage_c,
-            latent,
-            *self.text_encoder_c([prompt, negative_prompt]).split(1),
-            steps=steps_c,
-            cfg=cfg_c,
-            sampler=sampler,
-            schedule=schedule,
-            denoise=denoise,
-            seed=seed,
-            progress=report("Stage C"),
-        )
+            latent = latent.repeat(batch // count, 1, 1, 1)
+        semantic = sample_stage_c(self.stage_c, latent, text_c[0], text_c[-1], options_c, progress=report("Stage C"))
         latent = sample_stage_b(
-            self.stage_b,
-            semantic,
-            geometry,
-            *self.text_encoder_b([prompt, negative_prompt]).split(1),
-            steps=steps_b,
-            cfg=cfg_b,
-            sampler=sampler,
-            seed=seed,
-            progress=report("Stage B"),
+            self.stage_b, semantic, geometry, *text_b, options=options_b, progress=report("Stage B")
         )
         return decode(self.stage_a, latent, geometry)
 
+    def _read(self, prompt: str, negative: str, guided_c: bool, guided_b: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """The states of the prompt and, with guidance, of the negative one; for Stage C, then for Stage B."""
 
-def _sample(network, condition, latent, times, cfg, sampler, draw, mask, dtype, progress) -> Tensor:
-    run = sampler_named(sampler)
+        def read(encoder: TextEncoder, guided: bool) -> list[Tensor]:
+            return list(encoder([prompt, negative] if guided else [prompt]).split(1))
+
+        if self.text_encoder_b is self.text_encoder_c:
+            both = read(self.text_encoder_c, guided_c or guided_b)
+            return both, both
+        text_b = [] if self.text_encoder_b is None else read(self.text_encoder_b, guided_b)
+        return read(self.text_encoder_c, guided_c), text_b
+
+
+def _options(stage: str, steps, cfg, sampler, schedule, denoise, seed) -> SamplingOptions:
+    """Of a stage, "c" or "b", whose own options carry its letter in `Wuerstchen.generate`."""
+    checks.whole_number(f"steps_{stage}", steps, 1, MAX_STEPS)
+    checks.real_number(f"cfg_{stage}", cfg, -MAX_CFG, MAX_CFG)
+    return SamplingOptions(steps, cfg, sampler, schedule, denoise, seed)
+
+
+def _sample(
+    name: str, network, condition, latent, options: SamplingOptions, mask, batch_index, dtype, progress
+) -> Tensor:
     latent = latent.float()
+    if mask is not None:
+        mask = _checked_mask(mask, latent)
+    draw = noise_source(latent, options.seed, batch_index)
+    times = sampling_times(options.steps, options.schedule, options.denoise)
     if times[0] == 0:
         return latent
     model = prepare(network, condition, times, latent.device, dtype)
-    if cfg != 1:
-        model = guide(model, cfg)
+    if options.cfg != 1:
+        model = guide(model, options.cfg)
     noise = draw()
     start = noise if times[0] == 1 else add_noise(latent, noise, times[0])
     if mask is not None:
         model = keep_outside(model, mask, latent, noise)
 
-    def report(step: int, clean: Tensor) -> None:
+    def report(state: dict) -> None:
+        if dtype == torch.float16:
+            _finite(state["clean"], name, dtype)
         if progress is not None:
-            progress(step, len(times) - 1, clean)
+            progress(state["step"], options.steps, state["clean"])
 
-    sampled = run(model, start, times, draw, report)
-    return sampled if mask is None else torch.lerp(latent, sampled, mask)
+    sampled = SAMPLERS[options.sampler](model, start, times, draw, report)
+    return sampled if mask is None else torch.where(mask > 0, sampled, latent)
 
 
 def noise_source(latent: Tensor, seed: int, batch_index: list[int] | None) -> Callable[[], Tensor]:
@@ -345,9 +422,12 @@ def noise_source(latent: Tensor, seed: int, batch_index: list[int] | None) -> Ca
     Each call has a generator of its own, the first one the seed's, so that a picture gets the same noise whatever the
     size of its batch.
     """
-    if not -(2**63) <= seed < 2**64:
-        raise WuerstchenError(f"seed is {seed}: it must have 64 bits at most")
-    index = list(range(latent.shape[0])) if batch_index is None else batch_index
+    index = list(range(latent.shape[0])) if batch_index is None else [int(i) for i in batch_index]
+    if len(index) != latent.shape[0] or not 0 <= min(index) <= max(index) < MAX_INDEX:
+        raise WuerstchenError(
+            f"batch_index has {len(index)} numbers for {latent.shape[0]} latents: it must have one for each, "
+            f"from 0 to {MAX_INDEX - 1}"
+        )
     later = random.Random(seed)
     seeds = chain([seed], iter(lambda: later.getrandbits(63), None))
 
@@ -358,17 +438,31 @@ def noise_source(latent: Tensor, seed: int, batch_index: list[int] | None) -> Ca
     return draw
 
 
-def _texts(text: Tensor, negative: Tensor | None, batch: int, width: int, stage: str) -> Tensor:
-    """The text of every picture of the batch, then, with guidance, the negative of every one."""
+def _texts(stage: str, width: int, batch: int, text: Tensor, negative: Tensor | None, guided: bool) -> Tensor:
+    """The text of every picture of the batch, then, with guidance, the negative of every one.
+
+    A negative that is not used is checked all the same.
+    """
     for given in (text, negative):
-        if given is not None and given.shape[-1] != width:
+        if given is None:
+            continue
+        if given.dim() != 3 or given.numel() == 0:
+            raise WuerstchenError(
+                f"the text for {stage} has the shape {_shape(given)}: it must be (1 or B, L, {width})"
+            )
+        if given.shape[-1] != width:
             raise WuerstchenError(
                 f"{stage} was trained with a text encoder of width {width}, but this text comes from one of width "
                 f"{given.shape[-1]}: encode it with the text encoder that belongs to {stage}"
             )
-        if given is not None and not is_finite(given):
+        if given.shape[0] not in (1, batch):
+            raise WuerstchenError(
+                f"the text for {stage} has {given.shape[0]} rows, but there are {batch} latents: give it one row, or "
+                "one for each of them"
+            )
+        if not is_finite(given):
             raise WuerstchenError(f"the text for {stage} is not finite: run its text encoder in float32")
-    halves = [text] if negative is None else [text, negative]
+    halves = [text, negative] if guided and negative is not None else [text]
     longest = max(half.shape[1] for half in halves)
     return torch.cat([_to_length(half, longest).expand(batch, -1, -1) for half in halves])
 
@@ -379,9 +473,42 @@ def _to_length(text: Tensor, length: int) -> Tensor:
     return text.repeat(1, repeats, 1)[:, :length]
 
 
+def _check_latent(what: str, latent: Tensor, channels: int, sizes: tuple[int, ...] | None = None) -> None:
+    """A latent (B, channels, rows, columns), where `sizes` are given with these for batch, rows and columns."""
+    fits = latent.dim() == 4 and latent.shape[1] == channels and latent.numel() > 0
+    if not fits or sizes and (latent.shape[0], *latent.shape[2:]) != sizes:
+        batch, *sides = sizes or ("B", "rows", "columns")
+        wanted = ", ".join(map(str, (batch, channels, *sides)))
+        raise WuerstchenError(f"{what}: the latent has the shape {_shape(latent)}, not ({wanted})")
+
+
+def _checked_mask(mask: Tensor, latent: Tensor) -> Tensor:
+    wanted = [(count, 1, *latent.shape[2:]) for count in (1, latent.shape[0])]
+    if tuple(mask.shape) not in wanted:
+        raise WuerstchenError(
+            f"the mask has the shape {_shape(mask)}, but the latent {_shape(latent)} needs {wanted[0]}"
+        )
+    mask = mask.to(latent)
+    if not 0 <= mask.min() <= mask.max() <= 1:
+        raise WuerstchenError(f"the mask has values from {mask.min():g} to {mask.max():g}: they must be in [0, 1]")
+    return mask
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"({', '.join(map(str, tensor.shape))})"
+
+
 def _crop(planes: Tensor, geometry: Geometry) -> Tensor:
     left, _, top, _ = geometry.margins
     return planes[:, :, top : top + geometry.height, left : left + geometry.width]
+
+
+def _padded(image: Tensor) -> tuple[Tensor, Geometry]:
+    """image (B, H, W, 3) -> (B, 3, rows, columns) of the size that the networks work on, and the picture's sizes"""
+    if image.dim() != 4 or image.shape[-1] != 3 or len(image) == 0:
+        raise WuerstchenError(f"image has the shape {_shape(image)}: it must be (B, H, W, 3)")
+    geometry = Geometry(width=image.shape[2], height=image.shape[1])
+    return F.pad(_planes(image), geometry.margins, mode="replicate"), geometry
 
 
 def _planes(image: Tensor) -> Tensor:
@@ -392,13 +519,35 @@ def _planes(image: Tensor) -> Tensor:
 WIDER = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}
 
 
+class _Overflow(WuerstchenError):
+    """A network gave values that are not finite."""
+
+
 def _finite(result: Tensor, network: str, dtype: torch.dtype) -> Tensor:
     """The result itself; raises WuerstchenError if a value in it is NaN or infinite."""
     if is_finite(result):
         return result
     precision = str(dtype).removeprefix("torch.")
     hint = f"run it in {WIDER[dtype]}" if dtype in WIDER else "what it was given is not finite, or out of all range"
-    raise WuerstchenError(f"{network} gave values that are not finite in {precision}: {hint}")
+    raise _Overflow(f"{network} gave values that are not finite in {precision}: {hint}")
+
+
+@contextmanager
+def _in_float32(network: nn.Module) -> Iterator[None]:
+    """The network's weights in float32, until it is left: then they are the ones that they were."""
+    replaced = []
+    try:
+        for module in network.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32:
+                        wide = tensor.float()
+                        tensors[name] = nn.Parameter(wide, False) if isinstance(tensor, nn.Parameter) else wide
+                        replaced.append((tensors, name, tensor))
+        yield
+    finally:
+        for tensors, name, tensor in replaced:
+            tensors[name] = tensor
 
 
 def _dtype(network: nn.Module) -> torch.dtype:

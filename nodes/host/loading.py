@@ -20,7 +20,7 @@ lora.register()
 
 
 def load_set(name: str, weight_dtype: str = "default") -> tuple:
-    """A whole set by its name: Stage C and its CLIP, Stage B and its CLIP, Stage A's VAE, the semantic VAE.
+    """A whole set by its name: Stage C and its CLIP, Stage B and its CLIP or None, Stage A's VAE, the semantic VAE.
 
     Raises WuerstchenError.
     """
@@ -29,12 +29,16 @@ def load_set(name: str, weight_dtype: str = "default") -> tuple:
     if "previewer" in paths:
         stage_c.model.latent_format.previewer = Previewer(paths["previewer"])
     clip_c = load_clip(paths["text_encoder_c"])
-    shared = paths["text_encoder_b"] == paths["text_encoder_c"]
+    path_b = paths.get("text_encoder_b")
+    if path_b == paths["text_encoder_c"]:
+        clip_b = clip_c
+    else:
+        clip_b = None if path_b is None else load_clip(path_b)
     return (
         stage_c,
         clip_c,
         load_diffusion("stage_b", paths["stage_b"], weight_dtype),
-        clip_c if shared else load_clip(paths["text_encoder_b"]),
+        clip_b,
         StageAVAE(paths["stage_a"]),
         SemanticVAE(paths["semantic_compressor"], paths.get("previewer")),
     )

@@ -24,7 +24,7 @@ def predictor(x, t):
     return torch.tanh(x * (1 + t)) + 0.3 * t
 
 
-def ignore(step, clean):
+def ignore(state):
     pass
 
 
@@ -106,11 +106,20 @@ def test_a_perfect_predictor_leads_to_the_clean_latent(sampler):
     def oracle(x, t):
         return (x - math.sqrt(signal(t)) * clean) / math.sqrt(1 - signal(t))
 
-    def watch(step, predicted):
-        seen.append(step)
-        torch.testing.assert_close(predicted, clean, rtol=0, atol=2e-3)
+    times = sampling_times(8)
 
-    drawn = sampler(oracle, start, sampling_times(8), lambda: torch.randn(1, 1, 2, 2), watch)
+    def watch(state):
+        seen.append(state["step"])
+        assert set(state) == {"step", "t", "sigma", "x", "clean"} and state["t"] == times[state["step"] - 1]
+        at_t = signal(state["t"])
+        assert state["sigma"] == pytest.approx(math.sqrt((1 - at_t) / at_t))
+        torch.testing.assert_close(state["clean"], clean, rtol=0, atol=2e-3)
+        noise = oracle(state["x"], state["t"])
+        torch.testing.assert_close(
+            state["x"], math.sqrt(at_t) * state["clean"] + math.sqrt(1 - at_t) * noise, rtol=0, atol=1e-4
+        )
+
+    drawn = sampler(oracle, start, times, lambda: torch.randn(1, 1, 2, 2), watch)
     assert seen == list(range(1, 9))
     torch.testing.assert_close(drawn, clean, rtol=0, atol=0.05)  # alpha_bar(0) is 0.9999, not 1
 
@@ -126,9 +135,10 @@ def test_guidance_goes_from_the_second_half_to_the_first():
 def test_outside_of_the_mask_the_model_sees_the_latent_with_noise():
     latent, noise, x = torch.full((1, 1, 1, 2), 2.0), torch.full((1, 1, 1, 2), -1.0), torch.full((1, 1, 1, 2), 9.0)
     mask = torch.tensor([[[[0.0, 1.0]]]])
-    seen = keep_outside(lambda x, t: x, mask, latent, noise)(x, 0.6)
+    seen = []
+    keep_outside(lambda x, t: seen.append(x) or x, mask, latent, noise)(x, 0.6)
     expected = math.sqrt(signal(0.6)) * 2 - math.sqrt(1 - signal(0.6))
-    assert seen.flatten().tolist() == pytest.approx([expected, 9.0], rel=1e-6)
+    assert seen[0].flatten().tolist() == pytest.approx([expected, 9.0], rel=1e-6)
 
 
 @torch.no_grad()

@@ -129,13 +129,13 @@ def test_what_is_trained_costs_about_three_passes(networks, costs):
         assert 2.9 < cost.sample / operations(forward[cost.name]) < 3
 
 
-def test_two_text_encoders_have_a_prompt_and_a_negative_one_each(costs, tiny_folder, tmp_path):
+def test_stage_b_has_no_negative_prompt_encoded(costs, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "set")
     shutil.copy(tmp_path / "set" / "text_encoder.safetensors", tmp_path / "set" / "text_encoder_b.safetensors")
     own = wuerstchen_costs(outline(tmp_path / "set"), Geometry(256, 256), 1, 1)
     assert [cost.name for cost in costs[4:]] == ["text encoder"]
     assert [cost.name for cost in own[4:]] == ["text encoder of Stage C", "text encoder of Stage B"]
-    assert own[4].picture == own[5].picture == costs[4].picture / 2 and own[:4] == costs[:4]
+    assert own[4].picture == 2 * own[5].picture == costs[4].picture and own[:4] == costs[:4]
 
 
 def test_weights_are_not_read(costs, tiny_folder, tmp_path):

@@ -1,8 +1,11 @@
 """A whole set of weights: the files of a folder, by the names that the pipeline has for them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..util.errors import WuerstchenError
+from .archive import open_archive
+from .load import parts
 
 MINI = Path(__file__).parents[1] / "mini" / "weights"  # the set in the repository
 LINEAR_PREVIEW = MINI / "linear_preview.safetensors"  # a colour for each position; fitted to the mini
@@ -18,19 +21,31 @@ SET = {
     "semantic_compressor": "semantic_compressor.safetensors",
     "previewer": "previewer.safetensors",
 }
+OPTIONAL = ("text_encoder_b", "previewer")
 
 
-def find_set(folder: str | Path) -> dict[str, Path]:
-    """The files of a folder that holds a whole set; there is no "previewer" where the folder has none.
+def find_set(folder: str | Path, given: Mapping[str, Path] | None = None) -> dict[str, Path]:
+    """The files of a folder that holds a whole set, those of `given` in the place of its own.
+
+    There is no "previewer" where the folder has none. Where it has no text encoder for Stage B, that is Stage C's if
+    its states have the width that Stage B reads, and else there is no "text_encoder_b".
 
     Raises WuerstchenError naming those that are missing.
     """
+    given = given or {}
     paths = {role: Path(folder) / name for role, name in SET.items()}
-    if not paths["text_encoder_b"].exists():
-        paths["text_encoder_b"] = paths["text_encoder_c"]
-    if not paths["previewer"].exists():
-        del paths["previewer"]
-    missing = [path.name for path in paths.values() if not path.exists()]
+    missing = [path.name for role, path in paths.items() if role not in OPTIONAL and not path.exists()]
     if missing:
-        raise WuerstchenError(f"{folder}: not a whole set of weights, {', '.join(dict.fromkeys(missing))} missing")
+        raise WuerstchenError(f"{folder}: not a whole set of weights, {', '.join(missing)} missing")
+    paths = {role: path for role, path in paths.items() if role not in OPTIONAL or path.exists()} | given
+    if "text_encoder_b" not in paths and _fits_stage_b(paths["text_encoder_c"], paths["stage_b"]):
+        paths["text_encoder_b"] = paths["text_encoder_c"]
     return paths
+
+
+def _fits_stage_b(text_encoder: Path, stage_b: Path) -> bool:
+    try:
+        encoder = parts(open_archive(text_encoder))["text_encoder"].config
+        return encoder.width == parts(open_archive(stage_b))["stage_b"].config.text_width
+    except (KeyError, WuerstchenError):
+        return True  # what is wrong with the files is the loaders' to say

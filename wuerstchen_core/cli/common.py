@@ -2,8 +2,16 @@
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
-from ..util.errors import WuerstchenError
+from ..util.errors import WuerstchenError, one_line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with errors on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"wuerstchen: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def command(commands, name: str, run, help: str, add_help: bool = True) -> argparse.ArgumentParser:
@@ -38,11 +46,8 @@ def load_model(options: argparse.Namespace):
     from ..pipeline import Wuerstchen
 
     check_device(options.device)
-    paths = find_set(MINI if options.model is None else options.model)
-    given = given_networks(options)
-    if paths["text_encoder_b"] == paths["text_encoder_c"] and "text_encoder_c" in given:
-        given = {"text_encoder_b": given["text_encoder_c"]} | given
-    return Wuerstchen.from_files(**paths | given, device=options.device)
+    paths = find_set(MINI if options.model is None else options.model, given_networks(options))
+    return Wuerstchen.from_files(**paths, device=options.device)
 
 
 def given_networks(options: argparse.Namespace) -> dict[str, Path]:
@@ -53,13 +58,32 @@ def check_device(name: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise WuerstchenError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from error
+        torch.zeros(1, device=name).item()  # which "meta", a device without values, can't do
+    except Exception as error:  # what torch raises depends on how it was built
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise WuerstchenError(f"device {name!r} can't be used: {reason}") from error
+
+
+def check_text(option: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise WuerstchenError(
+            f"{option} is not UTF-8: {text!a:.80} has a byte that is no letter there, at position {error.start}"
+        ) from error
 
 
 def check_png(path: Path) -> None:
+    """Raises WuerstchenError where no picture can be written to `path`, so that it is known before one is drawn."""
     if path.suffix.lower() != ".png":
         raise WuerstchenError(f"{path}: pictures are written as PNG, so the name must end in .png")
     if not path.absolute().parent.is_dir():
         raise WuerstchenError(f"{path.parent}: there is no such folder")
+    if path.exists() and not path.is_file():
+        raise WuerstchenError(f"{path}: there is something of that name that is not a file")
+    beside = path.with_name(f".{path.name}.{'x' * 16}")  # as long as a batch's names and those of partial files are
+    try:
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        raise WuerstchenError(f"{path}: no picture can be written there ({error.strerror})") from error

@@ -1,16 +1,19 @@
 """`wuerstchen generate`: a picture of a text."""
 
 import argparse
-import re
+import dataclasses
+import json
 from pathlib import Path
 
+from ..diffusion.options import STAGE_B, STAGE_C, SamplingOptions
 from ..util.atomic import replacing
 from ..util.errors import WuerstchenError
-from .common import add_model, check_png, command, given_networks, load_model
+from .common import add_model, check_png, check_text, command, given_networks, load_model
 
 
 def add_commands(commands) -> None:
     generate = command(commands, "generate", _generate, "draw a picture of a text")
+    about = {field.name: field.metadata["help"] for field in dataclasses.fields(SamplingOptions)}
     generate.add_argument("prompt", help='what to draw, such as "a slice of pizza"')
     generate.add_argument(
         "-o",
@@ -38,19 +41,15 @@ def add_commands(commands) -> None:
     generate.add_argument("--width", type=int, default=256, metavar="PIXELS", help="multiple of 8 (default: 256)")
     generate.add_argument("--height", type=int, default=256, metavar="PIXELS", help="multiple of 8 (default: 256)")
     generate.add_argument("--batch", type=int, default=1, metavar="N", help="number of pictures (default: 1)")
-    generate.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="the same seed, the same picture (default: 0)"
-    )
-    generate.add_argument("--steps-c", type=int, default=30, metavar="N", help="steps of Stage C (default: 30)")
-    generate.add_argument(
-        "--cfg-c", type=float, default=4.0, metavar="S", help="guidance of Stage C, 1 is off (default: 4)"
-    )
-    generate.add_argument("--steps-b", type=int, default=12, metavar="N", help="steps of Stage B (default: 12)")
-    generate.add_argument("--cfg-b", type=float, default=1.0, metavar="S", help="guidance of Stage B (default: 1, off)")
-    generate.add_argument("--sampler", default="ddpm", metavar="NAME", help="ddpm or ddim (default: ddpm)")
-    generate.add_argument(
-        "--schedule", default="even", metavar="NAME", help="Stage C's times: even or uneven (default: even)"
-    )
+    for stage, defaults in (("c", STAGE_C), ("b", STAGE_B)):
+        for name, type_, metavar in (("steps", int, "N"), ("cfg", float, "S")):
+            default = getattr(defaults, name)
+            what = f"Stage {stage.upper()}: {about[name]} (default: {default:g})"
+            generate.add_argument(f"--{name}-{stage}", type=type_, default=default, metavar=metavar, help=what)
+    for name, type_, metavar in (("seed", int, "N"), ("sampler", str, "NAME"), ("schedule", str, "NAME")):
+        default = getattr(STAGE_C, name)
+        what = ("Stage C: " if name == "schedule" else "") + f"{about[name]} (default: {default})"
+        generate.add_argument(f"--{name}", type=type_, default=default, metavar=metavar, help=what)
     add_model(generate)
 
 
@@ -59,13 +58,30 @@ def _generate(options: argparse.Namespace) -> None:
 
     from ..checkpoints.lora import load_lora
     from ..models.lora import apply_loras
+    from ..pipeline import DENOISE
     from ..util.pictures import read_picture
 
+    check_text("the prompt", options.prompt)
+    check_text("--negative", options.negative)
     if options.denoise is not None and options.image is None:
         raise WuerstchenError("--denoise is about a picture to start from: give one with --image")
-    image = None if options.image is None else read_picture(options.image)
-    denoise = 0.6 if options.denoise is None else options.denoise
     check_png(options.output)
+    image = None if options.image is None else read_picture(options.image)
+    settings = {
+        "negative_prompt": options.negative,
+        "width": options.width,
+        "height": options.height,
+        "batch_size": options.batch,
+        "seed": options.seed,
+        "steps_c": options.steps_c,
+        "cfg_c": options.cfg_c,
+        "steps_b": options.steps_b,
+        "cfg_b": options.cfg_b,
+        "sampler": options.sampler,
+        "schedule": options.schedule,
+    }
+    if image is not None:
+        settings["denoise"] = DENOISE if options.denoise is None else options.denoise
     chosen = [_lora(text) for text in options.lora]
     loras = [(load_lora(path), strength) for path, strength in chosen]
     model = load_model(options)
@@ -77,36 +93,11 @@ def _generate(options: argparse.Namespace) -> None:
             bar.set_description(stage, refresh=False)
             bar.update()
 
-        pictures = model.generate(
-            options.prompt,
-            negative_prompt=options.negative,
-            width=options.width,
-            height=options.height,
-            batch_size=options.batch,
-            seed=options.seed,
-            steps_c=options.steps_c,
-            cfg_c=options.cfg_c,
-            steps_b=options.steps_b,
-            cfg_b=options.cfg_b,
-            sampler=options.sampler,
-            schedule=options.schedule,
-            image=image,
-            denoise=denoise,
-            progress=show,
-        )
-    told = {
-        "prompt": options.prompt,
-        "negative_prompt": options.negative,
-        "seed": options.seed,
-        "steps_c": options.steps_c,
-        "cfg_c": options.cfg_c,
-        "steps_b": options.steps_b,
-        "cfg_b": options.cfg_b,
-        "sampler": options.sampler,
-        "schedule": options.schedule,
-    }
-    if image is not None:
-        told["denoise"] = denoise
+        pictures = model.generate(options.prompt, **settings, image=image, progress=show)
+    told = {"prompt": options.prompt, **settings, "device": options.device}
+    told["model"] = "mini" if options.model is None else options.model.absolute().name
+    if options.image is not None:
+        told["image"] = options.image.name
     told |= {role: path.name for role, path in given_networks(options).items()}
     if chosen:
         told["loras"] = ", ".join(f"{path.name}:{strength:g}" for path, strength in chosen)
@@ -121,18 +112,27 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _lora(text: str) -> tuple[Path, float]:
     """FILE[:STRENGTH]; only a number behind the last colon is a strength, so that a path may have colons."""
-    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
-    return (Path(match[1]), float(match[2])) if match else (Path(text), 1.0)
+    path, _, number = text.rpartition(":")
+    try:
+        return (Path(path), float(number)) if path else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
 
 
 def _write_image(picture, path: Path, told: dict) -> None:
-    """picture (H, W, 3) in [0, 1] -> PNG, whole or not at all, with `told` as its text chunks"""
+    """picture (H, W, 3) in [0, 1] -> PNG, whole or not at all.
+
+    `told` is its metadata: as JSON under "wuerstchen", and for people under "Description". "prompt" and "workflow" are
+    ComfyUI's, whose page reads them as JSON.
+    """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    for key, value in told.items():
-        info.add_itxt(key, str(value))
+    info.add_itxt("wuerstchen", json.dumps(told))
+    lines = (f"{name}: {value}" for name, value in told.items() if name != "prompt" and value != "")
+    readable = "\n".join([told["prompt"], *lines])
+    info.add_itxt("Description", readable.encode("utf-8", "backslashreplace").decode())
     image = Image.fromarray((picture.cpu() * 255).round().byte().numpy())
     try:
         with replacing(path) as partial:

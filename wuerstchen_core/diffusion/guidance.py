@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .samplers import Model
+from .samplers import Model, predict_clean, predict_noise, signal_at
 from .schedule import add_noise
 
 
@@ -35,9 +35,16 @@ def guide(model: Model, cfg: float) -> Model:
 
 
 def keep_outside(model: Model, mask: Tensor, latent: Tensor, noise: Tensor) -> Model:
-    """Sample only where the mask is 1; elsewhere the model sees `latent` with as much noise as the time asks for."""
+    """Sample where the mask is 1 and keep `latent` where it is 0; what lies between is blended at every step.
+
+    As in ComfyUI, the model sees x blended with `latent` at the time's noise level, and the clean latent that it
+    predicts from that is blended with `latent`. What comes back is the noise in x for which that is the clean latent.
+    """
 
     def masked(x: Tensor, t: float) -> Tensor:
-        return model(torch.lerp(add_noise(latent, noise, t), x, mask), t)
+        signal = signal_at(t)
+        seen = torch.lerp(add_noise(latent, noise, t), x, mask)
+        clean = torch.lerp(latent, predict_clean(seen, model(seen, t), signal), mask)
+        return predict_noise(x, clean, signal)
 
     return masked

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..util.errors import WuerstchenError
+from ..util.checks import one_of, real_number, whole_number
 
 OFFSET = 0.008
 SCHEDULES = ("even", "uneven")
+MAX_STEPS = 10_000
 
 # The released uneven times: 19 steps from 1 to 2/3, then 10 from 2/3 to 0.
 _UNEVEN_PROGRESS, _UNEVEN_TIMES = (0.0, 19 / 29, 1.0), (1.0, 2 / 3, 0.0)
@@ -37,15 +38,11 @@ def sampling_times(steps: int, schedule: str = "even", denoise: float = 1.0) -> 
     "uneven" spends two thirds of a full run's steps above t = 2/3; 29 steps are the released list.
 
     Raises:
-        WuerstchenError: steps below 1, denoise outside [0, 1], or an unknown schedule.
+        WuerstchenError: steps outside 1 to 10,000, denoise outside [0, 1], or an unknown schedule.
     """
-    if steps < 1:
-        raise WuerstchenError(f"steps is {steps}: at least 1 is needed")
-    if not 0 <= denoise <= 1:
-        raise WuerstchenError(f"denoise is {denoise}: it must be from 0 to 1")
-    if schedule == "even":
+    whole_number("steps", steps, 1, MAX_STEPS)
+    real_number("denoise", denoise, 0.0, 1.0)
+    if one_of("schedule", schedule, SCHEDULES) == "even":
         return np.linspace(denoise, 0.0, steps + 1).tolist()
-    if schedule == "uneven":
-        start = np.interp(1 - denoise, [1 - t for t in _UNEVEN_TIMES], _UNEVEN_PROGRESS)
-        return np.interp(np.linspace(start, 1.0, steps + 1), _UNEVEN_PROGRESS, _UNEVEN_TIMES).tolist()
-    raise WuerstchenError(f"unknown schedule {schedule!r}: take one of {', '.join(SCHEDULES)}")
+    start = np.interp(1 - denoise, [1 - t for t in _UNEVEN_TIMES], _UNEVEN_PROGRESS)
+    return np.interp(np.linspace(start, 1.0, steps + 1), _UNEVEN_PROGRESS, _UNEVEN_TIMES).tolist()

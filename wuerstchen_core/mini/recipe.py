@@ -65,6 +65,7 @@ STAGE_B = StageBConfig(
     condition_width=96,
     text_width=192,
     latent_space=LATENT_SPACE,
+    text_absent=True,
 )
 STAGE_C = StageCConfig(width=256, depth=4, heads=4, text_width=192)
 PREVIEWER = PreviewerConfig(widths=(64, 48, 32, 24))

@@ -14,7 +14,11 @@ from .latent_space import LatentSpace
 
 @dataclass(frozen=True)
 class StageBConfig:
-    """The defaults are the released v2."""
+    """The defaults are the released v2.
+
+    `text_absent`: it was trained with no text at all in a share of the steps, and gets none where there is none. Other
+    networks get zero states in its place, which hardly change the picture (paper, camera-ready appendix J).
+    """
 
     latent_channels: int = 4
     patch: int = 2
@@ -29,6 +33,10 @@ class StageBConfig:
     dropout: float = 0.0
     latent_space: LatentSpace = field(default_factory=LatentSpace)  # of the Stage C it works with
     stage_a_scale: float = 0.3764  # scale_factor of the Stage A whose latents it denoises
+    text_absent: bool = False
+
+
+CONTEXT_LENGTH = 77  # of the zero states in the place of a text
 
 
 class StageBCondition(NamedTuple):
@@ -90,6 +98,8 @@ class DiffNeXt(nn.Module):
 
     def condition(self, semantic: Tensor, text: Tensor | None, size: tuple[int, int]) -> StageBCondition:
         """semantic (B, 16, p, q) raw features, text (B, L, text_width) or None, size (rows, columns) of x."""
+        if text is None and not self.config.text_absent:
+            text = semantic.new_zeros(1, CONTEXT_LENGTH, self.config.text_width)
         if text is not None:
             text = F.layer_norm(self.clip_mapper(text), (self.config.condition_width,), eps=1e-6)
         shares, contexts = [], []

@@ -6,7 +6,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..util.checks import shown
+from ..util.errors import WuerstchenError
 from .prompt import parse_emphasis
+
+LONGEST_WORD = 500  # letters; a longer one is read in parts, since byte-pair encoding takes quadratic time
+# CLIP's words. `<start_of_text>` and `<end_of_text>` are not among them: who types them means the letters.
+WORD = rf"""'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}{{1,{LONGEST_WORD}}}|\p{{N}}|[^\s\p{{L}}\p{{N}}]{{1,{LONGEST_WORD}}}"""
+MAX_WEIGHT = 1000.0
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,14 @@ class TextEncoder(nn.Module):
     """Prompts -> the hidden states of all positions after the final LayerNorm, before the projection."""
 
     def __init__(self, config: TextEncoderConfig = TextEncoderConfig()):
+        import regex
         from open_clip.tokenizer import SimpleTokenizer  # here, since it takes longer than all of this package
         from open_clip.transformer import TextTransformer
 
         super().__init__()
         self.config = config
         self.tokenizer = SimpleTokenizer()
+        self.tokenizer.pat = regex.compile(WORD, regex.IGNORECASE)
         self.tower = TextTransformer(
             context_length=config.context_length,
             vocab_size=config.vocabulary,
@@ -65,6 +74,11 @@ class TextEncoder(nn.Module):
         chunks: list[list[tuple[int, float]]] = [[]]
         word: list[tuple[int, float]] = []
         for text, weight in parse_emphasis(prompt):
+            if abs(weight) > MAX_WEIGHT:
+                raise WuerstchenError(
+                    f"the weight of {shown(text)} in the prompt is {weight:g}: it must be from {-MAX_WEIGHT:g} to "
+                    f"{MAX_WEIGHT:g}"
+                )
             for token in self.tokenizer.encode(text):
                 word.append((token, weight))
                 if self.tokenizer.decoder[token].endswith("</w>") or len(word) == room:

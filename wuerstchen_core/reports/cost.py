@@ -54,7 +54,14 @@ def operations(work: Callable) -> int:
 def released() -> Wuerstchen:
     """The networks of the released v2, without weights."""
     with torch.device("meta"):
-        return Wuerstchen(VQGAN(), DiffNeXt(), Prior(), TextEncoder(), TextEncoder(CLIP_H), SemanticCompressor())
+        return Wuerstchen(
+            stage_a=VQGAN(),
+            stage_b=DiffNeXt(),
+            stage_c=Prior(),
+            text_encoder_c=TextEncoder(),
+            text_encoder_b=TextEncoder(CLIP_H),
+            semantic_compressor=SemanticCompressor(),
+        )
 
 
 def outline(folder: str | Path) -> Wuerstchen:
@@ -63,10 +70,10 @@ def outline(folder: str | Path) -> Wuerstchen:
     Raises WuerstchenError as `find_set` and the loaders do.
     """
     paths = find_set(folder)
-    encoder_c, encoder_b = paths.pop("text_encoder_c"), paths.pop("text_encoder_b")
+    encoder_c, encoder_b = paths.pop("text_encoder_c"), paths.pop("text_encoder_b", None)
     networks = {role: network_outline(path, role) for role, path in paths.items()}
     read_c = network_outline(encoder_c, "text_encoder")
-    read_b = read_c if encoder_b == encoder_c else network_outline(encoder_b, "text_encoder")
+    read_b = read_c if encoder_b == encoder_c else encoder_b and network_outline(encoder_b, "text_encoder")
     return Wuerstchen(**networks, text_encoder_c=read_c, text_encoder_b=read_b)
 
 
@@ -83,7 +90,7 @@ def wuerstchen_costs(networks: Wuerstchen, geometry: Geometry, steps_c: int, ste
     latent_c = _meta(1, stage_c.config.latent_channels, *geometry.stage_c)
     latent_b = _meta(1, stage_b.config.latent_channels, *geometry.stage_a)
     text_c = _meta(1, encoder_c.config.context_length, stage_c.config.text_width)
-    text_b = _meta(1, encoder_b.config.context_length, stage_b.config.text_width)
+    text_b = None if encoder_b is None else _meta(1, encoder_b.config.context_length, stage_b.config.text_width)
     time = _meta(1)
 
     def sample_c(steps: int) -> None:
@@ -95,7 +102,7 @@ def wuerstchen_costs(networks: Wuerstchen, geometry: Geometry, steps_c: int, ste
         _sample(stage_b, condition, latent_b, steps)
 
     compressed, encoded = _frozen(lambda: compressor(reduced)), _frozen(lambda: stage_a.encode(picture))
-    read_c, read_b = _reading(encoder_c), _reading(encoder_b)
+    read_c, read_b = _reading(encoder_c), 0 if encoder_b is None else _reading(encoder_b)
     costs = [
         Cost(
             "Stage C",
@@ -119,13 +126,13 @@ def wuerstchen_costs(networks: Wuerstchen, geometry: Geometry, steps_c: int, ste
         ),
         Cost("semantic compressor", _parameters(compressor)),
     ]
-    # Each of the two stages has the prompt and the negative one encoded.
-    if encoder_b is encoder_c:
-        return [*costs, Cost("text encoder", _parameters(encoder_c), picture=4 * read_c)]
+    # Stage C has the prompt and the negative one encoded; Stage B, without guidance, only the prompt.
+    if encoder_b is None or encoder_b is encoder_c:
+        return [*costs, Cost("text encoder", _parameters(encoder_c), picture=2 * read_c)]
     return [
         *costs,
         Cost("text encoder of Stage C", _parameters(encoder_c), picture=2 * read_c),
-        Cost("text encoder of Stage B", _parameters(encoder_b), picture=2 * read_b),
+        Cost("text encoder of Stage B", _parameters(encoder_b), picture=read_b),
     ]
 
 

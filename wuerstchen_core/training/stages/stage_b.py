@@ -111,6 +111,8 @@ def build(options: Options, data: DataOptions) -> "StageBTask":
             f"init: this Stage B is for {network.config.latent_space}, but the compressor's is "
             f"{compressor.config.latent_space}"
         )
+    if options.text_absent > 0 or not options.text_encoder:
+        network.config = dataclasses.replace(network.config, text_absent=True)
     task = StageBTask(network, compressor, stage_a, encoder, options, data)
     task.feature_files = (stage_a_file, *compressor_files, *text_files)
     return task

@@ -1,0 +1,41 @@
+"""The options of sampling, for the command line, for `Wuerstchen.generate` and for the samplers."""
+
+from dataclasses import dataclass, field
+
+from ..util.checks import one_of, real_number, whole_number
+from .samplers import SAMPLERS
+from .schedule import MAX_STEPS, SCHEDULES
+
+MAX_CFG = 100.0
+
+
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How one stage samples. The defaults are Stage C's; `STAGE_B` has Stage B's.
+
+    Raises:
+        WuerstchenError: a value is of another type or out of its range.
+    """
+
+    steps: int = _option(30, "steps")
+    cfg: float = _option(4.0, "strength of the guidance, 1 is off")
+    sampler: str = _option("ddpm", f"{' or '.join(SAMPLERS)}")
+    schedule: str = _option("even", f"where the steps lie, {' or '.join(SCHEDULES)}")
+    denoise: float = _option(1.0, "where to start: 1 is pure noise, less keeps that much more of the latent")
+    seed: int = _option(0, "the same seed, the same picture")
+
+    def __post_init__(self):
+        whole_number("steps", self.steps, 1, MAX_STEPS)
+        real_number("cfg", self.cfg, -MAX_CFG, MAX_CFG)
+        one_of("sampler", self.sampler, tuple(SAMPLERS))
+        one_of("schedule", self.schedule, SCHEDULES)
+        real_number("denoise", self.denoise, 0.0, 1.0)
+        whole_number("seed", self.seed, -(2**63), 2**64 - 1)
+
+
+STAGE_C = SamplingOptions()
+STAGE_B = SamplingOptions(steps=12, cfg=1.0)
