@@ -1,71 +1,229 @@
-"""ComfyUI's LATENT, IMAGE and MASK to the core's tensors and back.
+"""ComfyUI's LATENT and MASK to the core's tensors and back; the exact size of the picture goes along.
 
-A LATENT of ours is {"samples": (B, 16, p, q) of Stage C or (B, 4, h, w) of Stage A, KEY: Geometry}. The geometry keeps
-the exact size of the picture; ComfyUI's own nodes copy it along, or drop it, or leave it on a latent that they resized.
+A LATENT of ours is {"samples": (B, 16, p, q) of Stage C or (B, 4, h, w) of Stage A, KEY: Noted}. The networks work on
+pictures whose sides are multiples of 64, the frame; the picture that was asked for lies in its middle. What ComfyUI's
+own nodes do to a LATENT tells how large the picture is afterwards:
+
+- The samples keep their shape (blend, composite, flip, batch, noise mask, arithmetic): the size stays.
+- They were turned by 90 or 270 degrees: width and height change places. On a square latent this is seen in the order of
+  the samples in memory, which `torch.rot90` leaves exchanged, or in their values. After a copy that restores the order
+  and changes the values (turning, then resizing, a square latent) it can't be seen.
+- They were resized: the picture keeps its share of the frame, rounded to multiples of 8.
+- They were cut or joined to others: the picture is the whole frame.
+- The size was lost (RebatchLatents keeps nothing beside samples, mask and index; SaveLatent stores the samples alone):
+  the picture is the whole frame, the largest one that the latent can stand for.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from ..wuerstchen_core import Geometry, WuerstchenError
-from ..wuerstchen_core.geometry import STEP
+from ..wuerstchen_core.geometry import STAGE_A_FACTOR, STEP
 from ..wuerstchen_core.pipeline import fit
+from . import host
 
 KEY = "wuerstchen"
 SEMANTIC = "wuerstchen_semantic"  # in a CONDITIONING for Stage B: Stage C's latent
+DRAWN = "wuerstchen_mask"  # the noise mask that Stage C has followed
+
+SMALLEST_SIDE, LARGEST_SIDE = 128, 4096  # pixels
+LARGEST_EMPTY = 24  # positions of Stage C: 1024 pixels
+MOST_ENLARGED = 4  # times a side
+UNITS = "a position of Stage C is 42.67 pixels a side, not 8"
+PLACES_TRIED = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Noted:
+    """The picture of a latent, and the samples that this was noted for."""
+
+    geometry: Geometry
+    samples: Tensor
+
+
+def picture_size(width: int, height: int) -> Geometry:
+    """Raises WuerstchenError if a side is not a multiple of 8 from 128 to 4096."""
+    for name, side in (("width", width), ("height", height)):
+        if side % STEP or not SMALLEST_SIDE <= side <= LARGEST_SIDE:
+            raise WuerstchenError(
+                f"{name} is {side}: it must be a multiple of {STEP} from {SMALLEST_SIDE} to {LARGEST_SIDE}"
+            )
+    return Geometry(width, height)
 
 
 def pack(samples: Tensor, geometry: Geometry, like: dict | None = None) -> dict:
     """A LATENT; what else `like` holds (noise mask, batch index) is kept."""
-    return {**(like or {}), "samples": samples, KEY: geometry}
+    samples = host.devices.to_intermediate(
+        samples
+    ).contiguous()  # the order in memory says later whether they were turned
+    return {**(like or {}), "samples": samples, KEY: Noted(geometry, samples)}
 
 
 def samples_of(latent: dict, channels: int, node: str, sources: str) -> Tensor:
-    """The samples of a LATENT. Raises WuerstchenError if they are another stage's, naming the nodes to take it from."""
-    samples = latent["samples"]
+    """The samples (B, channels, rows, columns) of a LATENT, B >= 1.
+
+    Raises WuerstchenError if there are none or they are another stage's, naming the nodes to take them from.
+    """
+    samples = latent.get("samples") if isinstance(latent, dict) else None
+    if not isinstance(samples, Tensor):
+        raise WuerstchenError(f"{node} takes a latent, not {type(latent).__name__}: take it from {sources}")
     if samples.dim() != 4 or samples.shape[1] != channels:
         raise WuerstchenError(
             f"{node} takes a latent of {channels} channels, this one is {'x'.join(map(str, samples.shape[1:]))}: "
+            f"take it from {sources}"
+        )
+    if 0 in samples.shape:
+        raise WuerstchenError(
+            f"{node}: this latent is empty ({'x'.join(map(str, samples.shape))}), there is nothing to draw: "
             f"take it from {sources}"
         )
     return samples
 
 
 def geometry_of_stage_c(latent: dict) -> Geometry:
-    """The picture that a latent of Stage C is for: as noted on it if that still fits, else by its size."""
-    size, noted = tuple(latent["samples"].shape[-2:]), latent.get(KEY)
-    return noted if noted and noted.stage_c == size else Geometry.of_stage_c(*size)
+    """The picture that a latent of Stage C is for.
+
+    Raises WuerstchenError if it is larger than anybody can have meant, as where pixels were counted as in other models.
+    """
+    samples, noted = latent["samples"], latent.get(KEY)
+    rows, columns = samples.shape[-2:]
+    largest = max(Geometry(LARGEST_SIDE, LARGEST_SIDE).stage_c)
+    what = f"a latent of {rows}x{columns} is too large for Stage C"
+    if max(rows, columns) > largest:
+        raise WuerstchenError(f"{what}, {largest}x{largest} ({LARGEST_SIDE} pixels a side) is the largest: {UNITS}")
+    if isinstance(noted, Noted):
+        before = noted.samples.shape[-2:]
+        if max(rows, columns) > MOST_ENLARGED * max(before):
+            raise WuerstchenError(
+                f"{what}, it was enlarged from {before[0]}x{before[1]}: {UNITS}; use LatentUpscaleBy with a factor of "
+                f"{MOST_ENLARGED} at most"
+            )
+    elif KEY not in latent and max(rows, columns) > LARGEST_EMPTY and not samples.any():
+        frame = Geometry.of_stage_c(rows, columns)
+        raise WuerstchenError(
+            f"an empty latent of {rows}x{columns} stands for {frame.width}x{frame.height} pixels in Stage C: {UNITS}; "
+            "take it from Würstchen Empty Latent"
+        )
+    height, width = _size(latent, _frame_of_stage_c)
+    return Geometry(width, height)
 
 
 def geometry_of_stage_a(latent: dict) -> Geometry | None:
     """The same for a latent of Stage A; None: the picture is the whole of it."""
-    noted = latent.get(KEY)
-    return noted if noted and noted.stage_a == tuple(latent["samples"].shape[-2:]) else None
+    frame = _frame_of_stage_a(*latent["samples"].shape[-2:])
+    height, width = _size(latent, _frame_of_stage_a)
+    return None if (height, width) == frame or min(frame) < STEP else Geometry(width, height)
+
+
+def cut(images: Tensor, geometry: Geometry | None) -> Tensor:
+    """images (B, H, W, 3) of a whole frame -> the picture in their middle (B, height, width, 3)"""
+    if geometry is None:
+        return images
+    top, left = (images.shape[1] - geometry.height) // 2, (images.shape[2] - geometry.width) // 2
+    return images[:, top : top + geometry.height, left : left + geometry.width]
 
 
 def mask_of(latent: dict, geometry: Geometry) -> Tensor | None:
-    """The LATENT's noise mask as (1 or B, 1, p, q), or None; it is cut as the picture was."""
-    if "noise_mask" not in latent:
+    """The noise mask of a latent of Stage C as (1 or B, 1, p, q), or None; it is cut as the picture was."""
+    mask = latent.get("noise_mask")
+    if mask is None:
         return None
     batch, _, rows, columns = latent["samples"].shape
-    mask = rearrange(latent["noise_mask"], "... h w -> (...) h w 1").float()
+    height, width = _frame_of_stage_c(rows, columns)
+    down, across = height - geometry.height, width - geometry.width
+    mask = rearrange(mask, "... h w -> (...) h w 1").float()
     mask = rearrange(fit(mask, geometry), "b h w 1 -> b 1 h w")
-    mask = F.pad(mask, geometry.margins, mode="replicate")
+    mask = F.pad(mask, (across // 2, across - across // 2, down // 2, down - down // 2), mode="replicate")
     mask = F.interpolate(mask, size=(rows, columns), mode="area")
     return mask if len(mask) == 1 else mask.repeat(-(-batch // len(mask)), 1, 1, 1)[:batch]
 
 
-def picture(image: Tensor) -> Tensor:
-    """IMAGE (B, H, W, 3 or 4) -> the same without transparency, cut to sides that are multiples of 8."""
-    height, width = (side // STEP * STEP for side in image.shape[1:3])
-    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-    return image[:, top : top + height, left : left + width, :3]
+def refuse_mask(latent: dict, node: str) -> None:
+    """Raises WuerstchenError for a noise mask that nothing has followed yet. One that is 1 everywhere says nothing."""
+    mask, drawn = latent.get("noise_mask"), latent.get(DRAWN)
+    if mask is None or (mask >= 1).all():
+        return
+    followed = [] if drawn is None else list(_planes(drawn))
+    if any(not any(torch.equal(plane, other) for other in followed) for plane in _planes(mask)):
+        raise WuerstchenError(
+            f"{node} does not follow noise masks: set the mask on the latent that goes into Würstchen Stage C Sampler"
+        )
 
 
-def cropped(image: Tensor, geometry: Geometry | None) -> Tensor:
-    """IMAGE as the networks work on it -> the picture in its middle; all of it where that is not known."""
-    if geometry is None:
-        return image
-    left, _, top, _ = geometry.margins
-    return image[:, top : top + geometry.height, left : left + geometry.width]
+def _planes(mask: Tensor) -> Tensor:
+    return mask.flatten(0, -3)
+
+
+def _frame_of_stage_c(rows: int, columns: int) -> tuple[int, int]:
+    """(height, width) in pixels"""
+    return Geometry.of_stage_c(rows, columns).work
+
+
+def _frame_of_stage_a(rows: int, columns: int) -> tuple[int, int]:
+    return rows * STAGE_A_FACTOR, columns * STAGE_A_FACTOR
+
+
+def _size(latent: dict, frame: Callable[[int, int], tuple[int, int]]) -> tuple[int, int]:
+    """(height, width) of the picture, by the rules above; `frame` is that of a latent's rows and columns."""
+    samples, noted = latent["samples"], latent.get(KEY)
+    whole = frame(*samples.shape[-2:])
+    if not isinstance(noted, Noted) or noted.samples.shape[1] != samples.shape[1]:
+        return whole
+    if _is_other_part(samples, noted.samples):
+        return whole
+    before, size = tuple(noted.samples.shape[-2:]), (noted.geometry.height, noted.geometry.width)
+    if _is_turned(samples, noted.samples):
+        before, size = before[::-1], size[::-1]
+    return tuple(
+        side if now == old else min(now // STEP * STEP, max(STEP, int(side * now / old / STEP + 0.5) * STEP))
+        for side, now, old in zip(size, whole, frame(*before), strict=True)
+    )
+
+
+def _is_turned(samples: Tensor, noted: Tensor) -> bool:
+    """Whether rows and columns have changed places, by their proportions or, on a square, by order and values."""
+    (rows, columns), (rows_before, columns_before) = samples.shape[-2:], noted.shape[-2:]
+    if rows * columns_before != columns * rows_before:
+        return rows * rows_before == columns * columns_before
+    if rows != columns:
+        return False
+    if samples.stride(2) < samples.stride(3):
+        return True
+    if noted.shape != (len(noted), *samples.shape[1:]) or _is_among(samples, noted):
+        return False
+    turned = noted.transpose(2, 3)
+    return any(_is_among(samples, turned.flip(flipped)) for flipped in ((), (2,), (3,), (2, 3)))
+
+
+def _is_among(samples: Tensor, noted: Tensor) -> bool:
+    """Whether the first of the samples is one of those noted."""
+    return bool((noted.to(samples) == samples[:1]).flatten(1).all(dim=1).any())
+
+
+def _is_other_part(samples: Tensor, noted: Tensor) -> bool:
+    """Whether the samples are a part of those noted, or those noted a part of them."""
+    size, before = samples.shape[-2:], noted.shape[-2:]
+    if samples.stride(1) not in (size.numel(), 1):  # a view of more
+        return True
+    if size == before or noted.amin() == noted.amax():
+        return False
+    if all(now <= old for now, old in zip(size, before, strict=True)):
+        return any(_is_window(samples[0], whole) for whole in noted.to(samples))
+    return _is_window(noted[0].to(samples), samples[0])
+
+
+def _is_window(small: Tensor, large: Tensor) -> bool:
+    """Whether (C, r, c) is found somewhere in (C, R, S)."""
+    rows, columns = small.shape[1:]
+    down, across = large.shape[1] - rows + 1, large.shape[2] - columns + 1
+    if down < 1 or across < 1:
+        return False
+    first = large[:, :down, :across] == small[:, :1, :1]
+    last = large[:, rows - 1 :, columns - 1 :] == small[:, -1:, -1:]
+    places = (first & last).all(dim=0).nonzero()[:PLACES_TRIED].tolist()
+    return any(small.equal(large[:, y : y + rows, x : x + columns]) for y, x in places)

@@ -10,21 +10,25 @@ class WuerstchenLoadModel(io.ComfyNode):
             node_id="WuerstchenLoadModel",
             display_name="Würstchen Load Model",
             category=sockets.CATEGORY,
-            description="Loads a whole set of Würstchen networks: the mini, or a folder of models/wuerstchen. The "
-            "published weights are single files: each network has a loader for those.",
+            description="Loads a whole set of Würstchen networks: the mini, or a folder in models/wuerstchen. The "
+            "published weights are single files; use the loader of each network for them.",
             inputs=[
                 io.Combo.Input(
                     "model",
                     options=list(host.folders.model_sets()),
                     default="mini",
-                    tooltip="mini is in the node pack: emoji at 256 x 256. Others are folders of models/wuerstchen "
-                    "that hold a whole set of weights.",
+                    tooltip="mini comes with the node pack: emoji at 256 x 256. The others are the folders in "
+                    "models/wuerstchen that hold stage_a, stage_b, stage_c, text_encoder and semantic_compressor, all "
+                    ".safetensors (text_encoder_b and previewer are optional). ComfyUI's log names the files that a "
+                    "folder lacks.",
                 ),
                 sockets.weight_dtype_input(),
             ],
             outputs=[
                 io.Model.Output(
-                    "stage_c", display_name="Stage C", tooltip="Text to the small latent that decides the content."
+                    "stage_c",
+                    display_name="Stage C",
+                    tooltip="Turns text into the small latent that decides the content.",
                 ),
                 io.Clip.Output(
                     "clip_c", display_name="CLIP (Stage C)", tooltip="The text encoder for Stage C's prompts."
@@ -78,7 +82,7 @@ def file_input(name: str, kind: str) -> io.Input:
     return io.Combo.Input(
         name,
         options=list(host.folders.weight_files(kind)),
-        tooltip=f"A file of {host.folders.places(kind)}. Published layouts are recognised from what is in the file.",
+        tooltip=f"A file in {host.folders.places(kind)}. Its layout is recognised from its content.",
     )
 
 
@@ -89,7 +93,7 @@ class WuerstchenLoadStageA(FileLoader):
     def define_schema(cls):
         return cls.schema(
             "Stage A",
-            "Loads Stage A, the VQGAN. v1, v2 and Stable Cascade have the same one, which Load VAE takes too.",
+            "Loads Stage A, the VQGAN. v1, v2 and Stable Cascade share the same one, which Load VAE takes too.",
             io.Vae.Output(display_name="Stage A", tooltip="For Würstchen VQGAN Decode, VAE Decode and VAE Encode."),
         )
 
@@ -140,7 +144,7 @@ class WuerstchenLoadTextEncoder(FileLoader):
     def define_schema(cls):
         return cls.schema(
             "Text Encoder",
-            "Loads the text tower of a CLIP. v2's Stage C was trained with CLIP bigG (width 1280; SDXL's "
+            "Loads the text encoder of a CLIP model. v2's Stage C was trained with CLIP bigG (width 1280; SDXL's "
             "clip_g.safetensors is one), Stage B and v1's Stage C with CLIP H (width 1024): use this node twice.",
             io.Clip.Output(
                 display_name="CLIP",
@@ -161,7 +165,7 @@ class WuerstchenLoadSemanticCompressor(FileLoader):
     def define_schema(cls):
         return cls.schema(
             "Semantic Compressor",
-            "Loads the semantic compressor. Of v2 it is in the authors' file of Stage B, model_v2_stage_b.pt.",
+            "Loads the semantic compressor. v2's is in the authors' Stage B file, model_v2_stage_b.pt.",
             io.Vae.Output(
                 display_name="semantic VAE",
                 tooltip="For Würstchen Semantic Compress and Preview; VAE Encode and VAE Decode do the same.",
@@ -171,7 +175,7 @@ class WuerstchenLoadSemanticCompressor(FileLoader):
                 options=[cls.LINEAR, *host.folders.weight_files("previewer")],
                 default=cls.LINEAR,
                 optional=True,
-                tooltip=f"What shows latents as small pictures: a file of {host.folders.places('previewer')}. None is "
+                tooltip=f"What shows latents as small pictures: a file in {host.folders.places('previewer')}. None is "
                 "published: train one.",
             ),
         )

@@ -10,8 +10,8 @@ class WuerstchenLoadLoRA(io.ComfyNode):
             node_id="WuerstchenLoadLoRA",
             display_name="Würstchen Load LoRA",
             category=sockets.CATEGORY,
-            description="Changes what Stage C draws by a LoRA. Several, one after another, add up. ComfyUI's own LoRA "
-            "loaders work too, but do not read an alpha that is in a file's metadata.",
+            description="Applies a LoRA to Stage C. Several of these nodes in a row add up. ComfyUI's own LoRA loaders "
+            "work too, but do not read an alpha that is in a file's metadata.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="Stage C: from Würstchen Load Stage C, Würstchen Load Model or another LoRA."
@@ -19,7 +19,7 @@ class WuerstchenLoadLoRA(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=list(host.folders.weight_files("lora")),
-                    tooltip=f"A file of {host.folders.places('lora')}: a LoRA for Würstchen's Stage C, which diffusers "
+                    tooltip=f"A file in {host.folders.places('lora')}: a LoRA for Würstchen's Stage C, which diffusers "
                     "calls the prior.",
                 ),
                 io.Float.Input(
@@ -29,12 +29,12 @@ class WuerstchenLoadLoRA(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     round=0.01,
-                    tooltip="How much of the change: 0 is none of it, 1 what was trained, below 0 its opposite.",
+                    tooltip="0 has no effect, 1 applies the LoRA as trained, a negative value does the opposite.",
                 ),
             ],
             outputs=[
                 io.Model.Output(
-                    display_name="Stage C", tooltip="With the LoRA; the Stage C that came in stays without it."
+                    display_name="Stage C", tooltip="Stage C with the LoRA; the one that came in is unchanged."
                 )
             ],
         )

@@ -11,7 +11,7 @@ class WuerstchenSemanticPreview(io.ComfyNode):
             node_id="WuerstchenSemanticPreview",
             display_name="Würstchen Semantic Preview",
             category=sockets.CATEGORY,
-            description="Shows what a latent of Stage C is about, as a small picture, without Stage B.",
+            description="Shows a latent of Stage C as a small picture, without running Stage B.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From a sampler with Stage C, or Würstchen Semantic Compress."),
                 io.Vae.Input(
@@ -21,7 +21,7 @@ class WuerstchenSemanticPreview(io.ComfyNode):
                     "Without, each position of the latent is one colour, as fits the mini.",
                 ),
             ],
-            outputs=[io.Image.Output(tooltip="Small pictures, 8 times the latent's size.")],
+            outputs=[io.Image.Output(tooltip="Small pictures, 8 pixels per position of the latent.")],
         )
 
     @classmethod

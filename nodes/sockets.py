@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..wuerstchen_core.diffusion.samplers import SAMPLERS
 from ..wuerstchen_core.diffusion.schedule import SCHEDULES
+from .latents import LARGEST_SIDE, SMALLEST_SIDE
 
 CATEGORY = "Würstchen"
 WEIGHT_DTYPES = ("default", "fp16", "bf16", "fp8_e4m3fn")
@@ -24,7 +25,7 @@ def seed_input(tooltip: str) -> io.Int.Input:
 
 
 def sampling_inputs(steps: int, cfg: float, cfg_tooltip: str) -> list[io.Input]:
-    """What both samplers ask for, with a stage's own defaults."""
+    """The inputs that both samplers share, with each stage's defaults."""
     return [
         steps_input(steps),
         io.Float.Input("cfg", default=cfg, min=0.0, max=30.0, step=0.1, round=0.01, tooltip=cfg_tooltip),
@@ -36,7 +37,7 @@ def sampling_inputs(steps: int, cfg: float, cfg_tooltip: str) -> list[io.Input]:
 
 def steps_input(steps: int) -> io.Input:
     return io.Int.Input(
-        "steps", default=steps, min=1, max=1000, tooltip="More steps are slower, and finer up to a point."
+        "steps", default=steps, min=1, max=1000, tooltip="More steps take longer and help up to a point."
     )
 
 
@@ -45,7 +46,7 @@ def schedule_input() -> io.Input:
         "schedule",
         options=list(SCHEDULES),
         default="even",
-        tooltip="Where the steps lie: uneven spends two thirds of them on the first third of the way.",
+        tooltip="How the steps are spaced: uneven spends two thirds of them on the noisiest third.",
     )
 
 
@@ -56,7 +57,7 @@ def denoise_input() -> io.Input:
         min=0.0,
         max=1.0,
         step=0.01,
-        tooltip="1 starts from pure noise; less keeps that much more of the latent, 0 all of it.",
+        tooltip="1 starts from pure noise; lower values keep more of the latent, 0 all of it.",
     )
 
 
@@ -65,8 +66,8 @@ def size_inputs(what: str) -> list[io.Int.Input]:
         io.Int.Input(
             side,
             default=256,
-            min=128,
-            max=4096,
+            min=SMALLEST_SIDE,
+            max=LARGEST_SIDE,
             step=8,
             tooltip=f"{side.capitalize()} of {what} in pixels, a multiple of 8. The mini was trained at 256 x 256.",
         )

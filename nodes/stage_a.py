@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from einops import rearrange
 
 from ..wuerstchen_core import Geometry
-from . import host, latents, sockets
+from . import host, images, latents, sockets
 
 
 class WuerstchenVQGANDecode(io.ComfyNode):
@@ -14,7 +14,7 @@ class WuerstchenVQGANDecode(io.ComfyNode):
             node_id="WuerstchenVQGANDecode",
             display_name="Würstchen VQGAN Decode",
             category=sockets.CATEGORY,
-            description="Stage A: latent to picture, of exactly the size asked for (VAE Decode gives multiples of 64).",
+            description="Stage A: turns a latent into a picture, of exactly the size asked for (VAE Decode gives multiples of 64).",
             inputs=[
                 io.Vae.Input("vae", tooltip="Stage A: from Würstchen Load Stage A, Würstchen Load Model or Load VAE."),
                 io.Latent.Input("latent", tooltip="From a sampler with Stage B or Würstchen VQGAN Encode."),
@@ -28,7 +28,8 @@ class WuerstchenVQGANDecode(io.ComfyNode):
         host.loading.require_stage_a(vae, node)
         sources = "a sampler with Stage B or Würstchen VQGAN Encode"
         samples = latents.samples_of(latent, vae.latent_channels, node, sources)
-        return io.NodeOutput(latents.cropped(vae.decode(samples), latents.geometry_of_stage_a(latent)))
+        latents.refuse_mask(latent, node)
+        return io.NodeOutput(latents.cut(vae.decode(samples), latents.geometry_of_stage_a(latent)))
 
 
 class WuerstchenVQGANEncode(io.ComfyNode):
@@ -38,18 +39,21 @@ class WuerstchenVQGANEncode(io.ComfyNode):
             node_id="WuerstchenVQGANEncode",
             display_name="Würstchen VQGAN Encode",
             category=sockets.CATEGORY,
-            description="Stage A: picture to latent, 4 : 1 a side.",
+            description="Stage A: turns a picture into a latent, 4 times smaller a side.",
             inputs=[
                 io.Vae.Input("vae", tooltip="Stage A: from Würstchen Load Stage A, Würstchen Load Model or Load VAE."),
-                io.Image.Input("image", tooltip="Its sides are cut to multiples of 8."),
+                io.Image.Input(
+                    "image", tooltip="Its sides are cropped to multiples of 8; transparency is put on white."
+                ),
             ],
-            outputs=[io.Latent.Output(tooltip="In Stage A's space, for Würstchen VQGAN Decode.")],
+            outputs=[io.Latent.Output(tooltip="A latent of Stage A, for Würstchen VQGAN Decode.")],
         )
 
     @classmethod
     def execute(cls, vae, image: torch.Tensor) -> io.NodeOutput:
-        host.loading.require_stage_a(vae, "Würstchen VQGAN Encode")
-        image = latents.picture(image)
+        node = "Würstchen VQGAN Encode"
+        host.loading.require_stage_a(vae, node)
+        image = images.whole_steps(images.rgb(image, node), node)
         geometry = Geometry(width=image.shape[2], height=image.shape[1])
         planes = F.pad(rearrange(image, "b h w c -> b c h w"), geometry.margins, mode="replicate")
         return io.NodeOutput(latents.pack(vae.encode(rearrange(planes, "b c h w -> b h w c")), geometry))

@@ -1,6 +1,7 @@
 import torch
 from comfy_api.latest import io
 
+from ..wuerstchen_core import Geometry
 from ..wuerstchen_core.diffusion.options import SamplingOptions
 from ..wuerstchen_core.models.stage_b import StageBConfig
 from . import host, latents, sockets
@@ -17,13 +18,14 @@ def conditioned(latent: dict, positive: list | None, negative: list | None, node
     zeros.
     """
     samples = latents.samples_of(latent, CHANNELS, node, SOURCES)
-    geometry = latents.geometry_of_stage_c(latent)
+    latents.refuse_mask(latent, node)
+    geometry, work = latents.geometry_of_stage_c(latent), Geometry.of_stage_c(*samples.shape[-2:])
     if positive is None:
         positive = [[NO_TEXT if negative is None else torch.zeros_like(negative[0][0]), {}]]
     if negative is None:
         negative = [[torch.zeros_like(positive[0][0]), {}]]
     positive = [[text, {**more, latents.SEMANTIC: samples}] for text, more in positive]
-    empty = latents.pack(torch.zeros(len(samples), StageBConfig().latent_channels, *geometry.stage_a), geometry)
+    empty = latents.pack(torch.zeros(len(samples), StageBConfig().latent_channels, *work.stage_a), geometry)
     if "batch_index" in latent:
         empty["batch_index"] = latent["batch_index"]
     return positive, negative, empty
@@ -102,4 +104,4 @@ class WuerstchenStageBSampler(io.ComfyNode):
             SamplingOptions(steps, cfg, sampler, seed=seed),
             batch_index=empty.get("batch_index"),
         )
-        return io.NodeOutput(latents.pack(sampled, empty[latents.KEY]))
+        return io.NodeOutput(latents.pack(sampled, empty[latents.KEY].geometry))

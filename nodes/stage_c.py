@@ -1,7 +1,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..wuerstchen_core import Geometry
+from ..wuerstchen_core import WuerstchenError
 from ..wuerstchen_core.diffusion.options import SamplingOptions
 from ..wuerstchen_core.models.stage_c import StageCConfig
 from . import host, latents, sockets
@@ -16,19 +16,19 @@ class WuerstchenEmptyLatent(io.ComfyNode):
             node_id="WuerstchenEmptyLatent",
             display_name="Würstchen Empty Latent",
             category=sockets.CATEGORY,
-            description="What Stage C starts from when there is no picture: says the size and the number of pictures.",
+            description="Sets the size and the number of pictures when Stage C starts from text alone.",
             inputs=[
                 *sockets.size_inputs("the pictures"),
-                io.Int.Input(
-                    "batch_size", default=1, min=1, max=64, tooltip="How many different pictures are made at once."
-                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many pictures are drawn at once."),
             ],
-            outputs=[io.Latent.Output(tooltip="In Stage C's space.")],
+            outputs=[io.Latent.Output(tooltip="A latent of Stage C.")],
         )
 
     @classmethod
     def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
-        geometry = Geometry(width, height)
+        geometry = latents.picture_size(width, height)
+        if batch_size < 1:
+            raise WuerstchenError(f"batch_size is {batch_size}: at least 1 is needed")
         return io.NodeOutput(latents.pack(torch.zeros(batch_size, CHANNELS, *geometry.stage_c), geometry))
 
 
@@ -45,8 +45,8 @@ class WuerstchenStageCSampler(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="Stage C: from Würstchen Load Stage C, Würstchen Load Model or a LoRA loader."
                 ),
-                io.Conditioning.Input("positive", tooltip="What is to be seen, by the CLIP of Stage C."),
-                io.Conditioning.Input("negative", tooltip="What is not to be seen; an empty text will do."),
+                io.Conditioning.Input("positive", tooltip="What the picture shows, by the CLIP of Stage C."),
+                io.Conditioning.Input("negative", tooltip="What to avoid; an empty text will do."),
                 io.Latent.Input(
                     "latent",
                     tooltip="From Würstchen Empty Latent, or from Würstchen Semantic Compress to start from a picture. "
@@ -54,7 +54,9 @@ class WuerstchenStageCSampler(io.ComfyNode):
                 ),
                 sockets.seed_input("The same seed gives the same picture."),
                 *sockets.sampling_inputs(
-                    30, 4.0, "How closely the prompt is followed. 1 is off: faster, and the negative is not read."
+                    30,
+                    4.0,
+                    "How closely the prompt is followed. 1 turns guidance off: faster, and without the negative.",
                 ),
                 sockets.schedule_input(),
                 sockets.denoise_input(),
@@ -78,4 +80,4 @@ class WuerstchenStageCSampler(io.ComfyNode):
             mask=latents.mask_of(latent, geometry),
             batch_index=latent.get("batch_index"),
         )
-        return io.NodeOutput(latents.pack(sampled, geometry, like=latent))
+        return io.NodeOutput(latents.pack(sampled, geometry, like={**latent, latents.DRAWN: latent.get("noise_mask")}))

@@ -11,7 +11,7 @@ class WuerstchenTextEncode(io.ComfyNode):
             node_id="WuerstchenTextEncode",
             display_name="Würstchen Text Encode",
             category=sockets.CATEGORY,
-            description="Reads a prompt for Stage C or Stage B, each with its own text encoder. ComfyUI's CLIP Text "
+            description="Encodes a prompt for Stage C or Stage B; each has its own text encoder. ComfyUI's CLIP Text "
             "Encode does the same.",
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the stage that the prompt is for."),
@@ -20,8 +20,8 @@ class WuerstchenTextEncode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="What is to be seen; as a negative prompt, what is not. (word:1.2) stresses a word, "
-                    "embedding:name reads an embedding. A text of any length is read.",
+                    tooltip="What the picture shows or, as a negative prompt, what to avoid. (word:1.2) stresses a "
+                    "word, embedding:name reads an embedding. The text may be of any length.",
                 ),
             ],
             outputs=[io.Conditioning.Output(tooltip="For the positive or the negative input of the sampler.")],
@@ -31,7 +31,7 @@ class WuerstchenTextEncode(io.ComfyNode):
     def execute(cls, clip, text: str) -> io.NodeOutput:
         if clip is None:
             raise WuerstchenError(
-                "Würstchen Text Encode: this set has no text encoder for Stage B, which draws without a prompt: leave its "
-                "positive and negative inputs open"
+                "Würstchen Text Encode: this set has no text encoder for Stage B, which draws without a "
+                "prompt: leave its positive and negative inputs open"
             )
         return io.NodeOutput(clip.encode_from_tokens_scheduled(clip.tokenize(text)))

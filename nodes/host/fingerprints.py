@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ...wuerstchen_core import WuerstchenError
 from ...wuerstchen_core.checkpoints.sets import find_set
-from .folders import listed_file, set_folder
+from .folders import listed_file, model_set
 
 
 def of_files(**names: str | None) -> tuple:
@@ -22,7 +22,7 @@ def of_files(**names: str | None) -> tuple:
 def of_set(name: str) -> tuple:
     """All files of a set. Never raises."""
     try:
-        return tuple(_stamp(path) for path in find_set(set_folder(name)).values())
+        return tuple(_stamp(path) for path in find_set(model_set(name)).values())
     except (WuerstchenError, OSError, ValueError, TypeError):
         return (str(name), "missing")
 

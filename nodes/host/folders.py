@@ -1,14 +1,17 @@
 """Where ComfyUI's users keep their weights: names that its widgets show -> files."""
 
+import logging
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import folder_paths
 
 from ...wuerstchen_core import WuerstchenError
-from ...wuerstchen_core.checkpoints.sets import MINI, find_set
+from ...wuerstchen_core.checkpoints.sets import MINI, SET, find_set
 
 FOLDER = "wuerstchen"
-# Where ComfyUI's users keep what, the likeliest first; the authors' file of Stage B holds the semantic compressor too.
+# The folders for each kind of network, the likeliest first; the authors' file of Stage B also holds the compressor.
 FOLDERS = {
     "stage_a": ("vae", "checkpoints", FOLDER),
     "stage_b": ("diffusion_models", "checkpoints", FOLDER),
@@ -23,33 +26,44 @@ folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / F
 
 
 def model_sets() -> dict[str, Path]:
-    """Name -> folder of every whole set of weights: the mini, and the subfolders of ComfyUI's models/wuerstchen."""
+    """Name -> folder of every whole set of weights: the mini, and the subfolders of ComfyUI's models/wuerstchen.
+
+    An incomplete one is left out, and the log says once what it lacks.
+    """
     sets = {"mini": MINI}
-    for root in folder_paths.get_folder_paths(FOLDER):
-        for folder in sorted(path for path in Path(root).glob("*") if path.is_dir()):
-            try:
-                find_set(folder)
-            except WuerstchenError:
-                continue
-            sets.setdefault(folder.name, folder)
+    for folder in _subfolders():
+        try:
+            find_set(folder)
+        except (WuerstchenError, OSError) as error:
+            if any(_passes((folder / name).exists) for name in SET.values()):
+                warn_once(f"Würstchen: {error}")
+            continue
+        sets.setdefault(folder.name, folder)
     return sets
 
 
-def set_folder(name: str) -> Path:
-    """The folder of a set's name; nothing but the names that `model_sets` has is a way to one."""
+def model_set(name: str) -> Path:
+    """The folder of a set by its name, and by nothing else.
+
+    Raises WuerstchenError if there is none of that name, or if it is incomplete, naming the files that are missing.
+    """
     sets = model_sets()
-    if name not in sets:
-        raise WuerstchenError(
-            f"{name}: there is no whole set of that name in models/{FOLDER}; take {' or '.join(sets)}"
-        )
-    return sets[name]
+    if name in sets:
+        return sets[name]
+    for folder in _subfolders():
+        if folder.name == name:
+            try:
+                find_set(folder)
+            except OSError as error:
+                raise WuerstchenError(f"{folder}: can't be read ({error.strerror})") from error
+    raise WuerstchenError(f"{name}: there is no whole set of that name in models/{FOLDER}; take {' or '.join(sets)}")
 
 
 def weight_files(kind: str) -> dict[str, Path]:
-    """Name -> file of everything that ComfyUI lists in the folders of a kind of network.
+    """Name -> file of everything that ComfyUI lists in the folders for a kind of network.
 
-    The names are those that ComfyUI's own loaders show. Of several files of one name, all but the first have their
-    folder behind it: `model.safetensors [checkpoints]`, or `[checkpoints 2]` in the second of that folder's places.
+    The names are those that ComfyUI's own loaders show. If several files share a name, all but the first are followed
+    by their folder: `model.safetensors [checkpoints]`, or `[checkpoints 2]` in the second place for that folder.
     """
     found: dict[str, dict[str, Path]] = {}  # name -> folder -> file
     for folder in FOLDERS[kind]:
@@ -58,7 +72,7 @@ def weight_files(kind: str) -> dict[str, Path]:
             others = found.setdefault(name, {})
             for place, root in enumerate(folder_paths.get_folder_paths(folder), start=1):
                 path = Path(root, name)
-                if path.is_file() and not any(path.samefile(other) for other in others.values()):
+                if _passes(path.is_file) and not any(path.samefile(other) for other in others.values()):
                     others[folder if place == 1 else f"{folder} {place}"] = path
     return {
         f"{name} [{folder}]" if i else name: path
@@ -68,17 +82,51 @@ def weight_files(kind: str) -> dict[str, Path]:
 
 
 def places(kind: str) -> str:
-    """The folders of a kind of network, for people."""
+    """The folders for a kind of network, for people."""
     *others, last = (f"models/{folder}" for folder in FOLDERS[kind])
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def listed_file(kind: str, name: str) -> Path:
-    """The file of a name; nothing but the names that `weight_files` has is a way to one."""
+    """The file of a name in `weight_files`, and of no other; a workflow from Windows has backslashes in it.
+
+    Raises WuerstchenError.
+    """
     listed = weight_files(kind)
-    if name not in listed:
+    by_slashes = {_slashes(other): path for other, path in listed.items()}
+    path = listed.get(name) or by_slashes.get(_slashes(name))
+    if path is None:
         place = "one of them" if len(FOLDERS[kind]) > 1 else "it"
         raise WuerstchenError(
             f"{name}: there is no such file in {places(kind)}: put it into {place} and press R, or choose another"
         )
-    return listed[name]
+    return path
+
+
+def _slashes(name: str) -> str:
+    return str(name).replace("\\", "/")
+
+
+def _subfolders() -> list[Path]:
+    """Of all places of models/wuerstchen that can be read."""
+    found = []
+    for root in folder_paths.get_folder_paths(FOLDER):
+        try:
+            found += sorted(path for path in Path(root).iterdir() if _passes(path.is_dir))
+        except OSError:
+            continue
+    return found
+
+
+def _passes(test: Callable[[], bool]) -> bool:
+    """Whether a question about a file is answered with yes; no is what an unreadable folder answers."""
+    try:
+        return test()
+    except OSError:
+        return False
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Writes to ComfyUI's log what has not been written there before."""
+    logging.warning(message)

@@ -1,8 +1,6 @@
 """Files and folders of ComfyUI's users -> networks on its sockets."""
 
-import comfy.model_management as management
 import comfy.sd
-import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -10,7 +8,8 @@ from ...wuerstchen_core import WuerstchenError
 from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW, find_set
 from ...wuerstchen_core.pipeline import preview
 from . import lora
-from .folders import listed_file, set_folder
+from .devices import to_intermediate
+from .folders import listed_file, model_set
 from .models import load_diffusion
 from .previews import Previewer
 from .text import load_clip
@@ -24,7 +23,7 @@ def load_set(name: str, weight_dtype: str = "default") -> tuple:
 
     Raises WuerstchenError.
     """
-    paths = find_set(set_folder(name))
+    paths = find_set(model_set(name))
     stage_c = load_diffusion("stage_c", paths["stage_c"], weight_dtype)
     if "previewer" in paths:
         stage_c.model.latent_format.previewer = Previewer(paths["previewer"])
@@ -87,8 +86,3 @@ def require_stage_a(vae: comfy.sd.VAE, node: str) -> None:
             f"{node} takes Stage A, and this is {'the semantic' if isinstance(vae, SemanticVAE) else 'another'} VAE: "
             "take it from Würstchen Load Model, Würstchen Load Stage A, or Load VAE with Stage A's file"
         )
-
-
-def to_intermediate(tensor: Tensor) -> Tensor:
-    """As ComfyUI wants what passes between nodes."""
-    return tensor.to(management.intermediate_device(), torch.float32)

@@ -31,6 +31,7 @@ KEY = "wuerstchen"
 TIME = "wuerstchen_time"  # in transformer_options: the time of a step where its sigma alone does not tell it
 FORGET = "wuerstchen_forget"  # in transformer_options: each step's conditioning may be another one
 
+CHUNK = 77  # tokens of a text, at least
 COMPUTED_IN = [torch.bfloat16, torch.float16, torch.float32]
 WEIGHT_DTYPES = {
     "default": None,
@@ -170,12 +171,10 @@ class Config(comfy.supported_models_base.BASE):
 
 class StageCConfig(Config):
     latent_format = StageCLatent
-    memory_usage_factor = 4.0
 
 
 class StageBConfig(Config):
     latent_format = StageBLatent
-    memory_usage_factor = 0.2
 
 
 class Wuerstchen(comfy.model_base.BaseModel):
@@ -184,6 +183,8 @@ class Wuerstchen(comfy.model_base.BaseModel):
     STAGE: str
     AREA: float  # positions of the latent to an eighth of a pixel, in which ComfyUI's areas are given
     SOURCES: str  # of latents
+    NUMBERS_PER_POSITION: int  # peak memory of the released network, for each picture
+    NUMBERS_PER_TOKEN: int
 
     def __init__(self, config, network: nn.Module, stored: torch.dtype, computed: torch.dtype | None, device):
         config.set_inference_dtype(stored, computed)
@@ -198,6 +199,15 @@ class Wuerstchen(comfy.model_base.BaseModel):
             return torch.full_like(timestep, time)
         sampling = self.model_sampling
         return sampling.network_time(timestep) if isinstance(sampling, CosineSampling) else timestep
+
+    def memory_required(self, input_shape, cond_shapes={}):  # noqa: B006
+        """Bytes beside the weights that a step takes, as measured at the released sizes."""
+        tokens = max([CHUNK, *(shape[1] for shape in cond_shapes.get("c_crossattn", ()))])
+        numbers = math.prod(input_shape[2:]) * self.NUMBERS_PER_POSITION + tokens * self.NUMBERS_PER_TOKEN
+        return input_shape[0] * numbers * (self.manual_cast_dtype or self.get_dtype()).itemsize
+
+    def extra_conds_shapes(self, cross_attn=None, **kwargs):
+        return {} if cross_attn is None else {"c_crossattn": list(cross_attn.shape)}
 
     def state_dict_for_saving(self, *others, **more):
         """ComfyUI's savers write no metadata of ours."""
@@ -258,6 +268,7 @@ class Wuerstchen(comfy.model_base.BaseModel):
 class StageC(Wuerstchen):
     STAGE, AREA = "Stage C", 8 * 3 / 128
     SOURCES = "Würstchen Empty Latent or Würstchen Semantic Compress"
+    NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 20_000, 120_000
 
     def extra_conds(self, noise=None, cross_attn=None, **kwargs):
         self.check(noise, cross_attn)
@@ -272,6 +283,7 @@ class StageC(Wuerstchen):
 class StageB(Wuerstchen):
     STAGE, AREA = "Stage B", 8 / 4
     SOURCES = "Würstchen Stage B Conditioning or Würstchen VQGAN Encode"
+    NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 1_200, 210_000
 
     def extra_conds(self, noise=None, cross_attn=None, prompt_type="", **kwargs):
         text = None if cross_attn is None or cross_attn.shape[-1] == 0 else cross_attn

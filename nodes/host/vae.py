@@ -120,8 +120,8 @@ class SemanticVAE(VAE):
         )
         super().__init__(network, torch.float32)
         self.downscale_ratio = STEP  # what pictures are cut to multiples of
-        self.memory_used_encode = lambda shape, dtype: 1000 * shape[2] * shape[3]
-        self.memory_used_decode = lambda shape, dtype: 512 * 1024 * shape[2] * shape[3]
+        self.memory_used_encode = lambda shape, dtype: 200 * shape[2] * shape[3]
+        self.memory_used_decode = lambda shape, dtype: 72 * 1024 * shape[2] * shape[3]
 
     def encode_tiled(self, pixel_samples, *more, **options):
         """The picture is reduced to three quarters first; a compressor sees little of it in tiles, and fits anyway."""

@@ -12,7 +12,7 @@ from wuerstchen_core.models.previewer import Previewer, PreviewerConfig
 @pytest.fixture(scope="module")
 def loaded(run):
     names = ("text_encoder_c", "stage_c", "text_encoder_b", "stage_b", "stage_a", "semantic_compressor", "previewer")
-    return dict(zip(names, run("WuerstchenLoadModel", model="tiny")))
+    return dict(zip(names, run("WuerstchenLoadModel", model="tiny"), strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,6 @@ from wuerstchen_core.pipeline import sample_stage_b, sample_stage_c
 # Prompts
 
 
-def test_several_entries_are_read_together(text, empty, stage_c):
-    combined = [*text("a cat"), *text("a dog")]
-    joined = [[torch.cat([text("a cat")[0][0], text("a dog")[0][0]], dim=1), {}]]
-    together = stage_c(empty(), positive=combined, cfg=3.0)["samples"]
-    same(together, stage_c(empty(), positive=joined, cfg=3.0)["samples"])
-    assert not torch.allclose(together, stage_c(empty(), positive=text("a cat"), cfg=3.0)["samples"])
-
-
 def test_text_of_another_encoder_is_refused(empty, stage_c, stage_b):
     wrong = [[noise(1, 77, 48), {}]]
     with pytest.raises(ValueError, match="text encoder of width 32"):
@@ -89,9 +81,94 @@ def test_comfyuis_conditioning_nodes_work_on_ours(text, tiny, empty, stage_c, st
     same(stage_c(start, positive=average(cat, dog, 1.0))["samples"], stage_c(start, positive=cat)["samples"])
 
 
-def test_conditioning_from_other_nodes_may_carry_more(text, empty, stage_c):
-    """Another encoder's pooled output, a mask, times: they are not read."""
-    plain = text("a cat")
-    more = [[plain[0][0], {"pooled_output": noise(1, 8), "mask": torch.ones(1, 64, 64), "start_percent": 0.5}]]
+def test_conditioning_from_other_nodes_may_carry_what_changes_nothing(text, empty, stage_c, stage_b):
+    """Another encoder's pooled output, and the values that ComfyUI's nodes begin with."""
+    plain, semantic = text("a cat"), {"samples": noise(1, 16, 3, 3)}
+    neutral = {"pooled_output": noise(1, 8), "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0,
+               "set_area_to_bounds": False, "control": None, "guidance": None}  # fmt: skip
+    more = [[plain[0][0], neutral]]
     same(stage_c(empty(), positive=more)["samples"], stage_c(empty(), positive=plain)["samples"])
     same(stage_c(empty(), positive=zero_out(more))["samples"], stage_c(empty(), positive=zero_out(plain))["samples"])
+    same(stage_b(semantic, positive=more)["samples"], stage_b(semantic, positive=plain)["samples"])
+
+
+# What is not supported is refused, on every CONDITIONING socket
+
+SOCKETS = [("c", "positive"), ("c", "negative"), ("b", "positive"), ("b", "negative")]
+
+
+@pytest.fixture
+def refused(text, empty, stage_c, stage_b):
+    """(stage, socket, CONDITIONING) -> the message; at cfg 1, where the negative is not read."""
+
+    def message(stage, socket, conditioning, batch_size=1):
+        sample = {"c": stage_c, "b": stage_b}[stage]
+        with pytest.raises(ValueError) as caught:
+            sample(empty(batch_size=batch_size), cfg=1.0, **{socket: conditioning})
+        message = str(caught.value)
+        assert type(caught.value).__name__ == "WuerstchenError" and "\n" not in message and len(message) < 500
+        assert message.startswith(f"{socket} of Würstchen Stage {stage.upper()} Sampler: ")
+        return message
+
+    return message
+
+
+@pytest.mark.parametrize(("stage", "socket"), SOCKETS)
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("area", {"area": (8, 8, 0, 0), "strength": 1.0, "set_area_to_bounds": False}),
+        ("area", {"area": ("percentage", 0.5, 1.0, 0.0, 0.0), "strength": 1.0}),
+        ("mask", {"mask": torch.zeros(1, 64, 64), "set_area_to_bounds": True, "mask_strength": 1.0}),
+        ("strength", {"strength": 0.0}),
+        ("strength", {"strength": 1.5}),
+        ("timestep range", {"start_percent": 0.0, "end_percent": 0.0}),
+        ("timestep range", {"start_percent": 0.9, "end_percent": 1.0}),
+        ("hooks", {"hooks": object()}),
+        ("ControlNet", {"control": object(), "control_apply_to_uncond": True}),
+        ("GLIGEN", {"gligen": ("position", None, [])}),
+        ("guidance", {"guidance": 3.5}),
+        ("reference_latents", {"reference_latents": [torch.zeros(1, 4, 8, 8)]}),
+        ("default", {"default": True}),
+    ],
+)
+def test_what_an_entry_says_beside_its_text_is_refused(text, refused, stage, socket, name, extra):
+    message = refused(stage, socket, [[text("a cat")[0][0], extra]])
+    assert f"not supported: {name}; take out" in message
+
+
+@pytest.mark.parametrize(("stage", "socket"), SOCKETS)
+def test_what_is_no_text_for_this_batch_is_refused(text, refused, stage, socket):
+    cat, dog = text("a cat"), text("a dog")
+    assert "2 entries (Conditioning Combine) are not supported: join the texts with Conditioning Concat" in refused(
+        stage, socket, [*cat, *dog]
+    )
+    assert "2 entries" in refused(stage, socket, [*cat, [noise(1, 77, 48), {}]])
+    assert "is empty" in refused(stage, socket, [])
+    assert "no tokens" in refused(stage, socket, [[noise(1, 0, 32), {}]])
+    assert "3 rows, but 2 pictures are drawn: give one row for all or 2" in refused(
+        stage, socket, [[noise(3, 77, 32), {}]], batch_size=2
+    )
+    assert "3 rows, but 1 picture is drawn: give one row for all" in refused(stage, socket, [[noise(3, 77, 32), {}]])
+    assert "width 32, but this text comes from one of width 7" in refused(stage, socket, [[noise(1, 77, 7), {}]])
+    for wrong in (
+        "a cat",
+        3,
+        {"samples": noise(1, 4, 8, 8)},
+        [noise(1, 77, 32)],
+        [["a cat", {}]],
+        [[noise(77, 32), {}]],
+    ):
+        assert "expected a CONDITIONING, got " in refused(stage, socket, wrong)
+
+
+def test_a_row_for_each_picture_is_that_pictures_text(text, empty, stage_c):
+    rows = [[torch.cat([text("a cat")[0][0], text("a dog")[0][0]]), {}]]
+    both = stage_c(empty(batch_size=2), positive=rows, cfg=3.0)["samples"]
+    for i, words in enumerate(("a cat", "a dog")):
+        alone = stage_c(empty(batch_size=2), positive=text(words), cfg=3.0)["samples"]
+        torch.testing.assert_close(both[i], alone[i], rtol=1e-4, atol=1e-4)
+
+
+def test_stage_c_needs_a_positive(refused):
+    assert "is empty: take it from Würstchen Text Encode" in refused("c", "positive", None)

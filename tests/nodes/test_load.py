@@ -47,6 +47,60 @@ def test_an_unknown_set_is_refused_with_those_there_are(run, models, tiny_folder
             run("WuerstchenLoadModel", model=name)
 
 
+def test_a_set_that_lacks_files_is_refused_with_their_names(run, nodes, models, tiny_folder, caplog):
+    shutil.copytree(tiny_folder, models / "wuerstchen" / "torn")
+    for name in ("stage_b", "text_encoder"):
+        (models / "wuerstchen" / "torn" / f"{name}.safetensors").unlink()
+    (models / "wuerstchen" / "of other files").mkdir()
+    for _ in range(2):
+        assert options(nodes) == ["mini"]
+    missing = "not a whole set of weights, stage_b.safetensors, text_encoder.safetensors missing"
+    assert caplog.text.count(missing) == 1 and "of other files" not in caplog.text
+    with pytest.raises(ValueError, match=f"torn: {missing}"):
+        run("WuerstchenLoadModel", model="torn")
+
+
+def test_a_folder_that_cannot_be_searched_keeps_nothing_from_loading(
+    nodes, run, listed, models, tiny_folder, monkeypatch
+):
+    shutil.copytree(tiny_folder, models / "wuerstchen" / "open")
+    shutil.copytree(tiny_folder, models / "wuerstchen" / "closed")
+    shutil.copytree(tiny_folder, models / "checkpoints" / "closed")
+    stat, iterdir = Path.stat, Path.iterdir
+
+    def closed(path, *args, **kwargs):
+        if path.parent.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    def is_there(path):
+        try:
+            return bool(path.stat())
+        except FileNotFoundError:
+            return False
+
+    monkeypatch.setattr(Path, "stat", closed)
+    monkeypatch.setattr(Path, "is_file", is_there)
+    monkeypatch.setattr(Path, "exists", is_there)
+    assert options(nodes) == ["mini", "open"]
+    for node_id in SINGLE:
+        assert not any("closed" in name for name in listed(node_id))
+    with pytest.raises(ValueError, match="closed: can't be read .Permission denied."):
+        run("WuerstchenLoadModel", model="closed")
+    monkeypatch.setattr(Path, "iterdir", lambda path: closed(path / "closed" / "x") and iterdir(path))
+    assert options(nodes) == ["mini"]
+
+
+def test_a_name_with_the_other_systems_separators_is_the_same_file(run, models, tiny_folder):
+    (models / "vae" / "deep" / "er").mkdir(parents=True)
+    shutil.copy(tiny_folder / SET["stage_a"], models / "vae" / "deep" / "er" / "a.safetensors")
+    for name in ("deep/er/a.safetensors", "deep\\er\\a.safetensors"):
+        assert type(run("WuerstchenLoadStageA", file=name).network).__name__ == "VQGAN"
+    for name in ("..\\vae\\deep\\er\\a.safetensors", "deep\\er\\..\\er\\a.safetensors"):
+        with pytest.raises(ValueError, match="no such file in models/vae"):
+            run("WuerstchenLoadStageA", file=name)
+
+
 def test_outputs_are_in_the_schemas_order(nodes, loaded, run):
     kinds = {
         "WUERSTCHEN_TEXT_ENCODER": "TextEncoder",

@@ -84,7 +84,7 @@ def test_each_steps_clean_latent_is_shown(given, tiny, text, empty, stage_c, pre
     stage_c(empty(batch_size=2), steps=4, cfg=3.0, **({"previewer": previewer} if given else {}))
     network = w.load_previewer(previewer_file if given else LINEAR_PREVIEW)
     assert [step for step, _ in previews] == [1, 2, 3, 4]
-    for (_, (kind, shown, longest)), predicted in zip(previews, clean):
+    for (_, (kind, shown, longest)), predicted in zip(previews, clean, strict=True):
         assert kind == "JPEG" and shown.mode == "RGB" and shown.size == (24, 24) and longest == 300
         expected = (preview(network, predicted)[0] * 255).numpy()
         assert np.abs(np.array(shown) - expected).max() <= 1

@@ -1,0 +1,186 @@
+"""The exact size of the picture after ComfyUI's own latent nodes: (height, width) that comes out of VQGAN Decode."""
+
+import pytest
+import torch
+
+from tests.nodes import comfyui_nodes as comfyui
+from tests.nodes.inputs import noise, picture, same
+from wuerstchen_core import Geometry
+
+
+@pytest.fixture(params=["drawn", "empty"])
+def of_c(request, module):
+    """(width, height) -> a latent of Stage C for such a picture, of two pictures, with values and without."""
+
+    def latent(width, height):
+        shape = (2, 16, *Geometry(width, height).stage_c)
+        samples = noise(*shape) if request.param == "drawn" else torch.zeros(shape)
+        return module("nodes.latents").pack(samples, Geometry(width, height))
+
+    latent.drawn = request.param == "drawn"
+    return latent
+
+
+@pytest.fixture
+def of_a(module):
+    def latent(width, height):
+        return module("nodes.latents").pack(noise(2, 4, *Geometry(width, height).stage_a), Geometry(width, height))
+
+    return latent
+
+
+@pytest.fixture
+def size_c(module):
+    def size(latent):
+        with torch.inference_mode():
+            geometry = module("nodes.latents").geometry_of_stage_c(latent)
+        return geometry.height, geometry.width
+
+    return size
+
+
+@pytest.fixture
+def size_a(module):
+    def size(latent):
+        with torch.inference_mode():
+            geometry = module("nodes.latents").geometry_of_stage_a(latent)
+        return None if geometry is None else (geometry.height, geometry.width)
+
+    return size
+
+
+# 200x256 is a square latent (6x6) of a picture that is none; 264x128 is neither; 256x256 is all of its latent.
+SIZES = [(200, 256), (264, 128), (256, 256), (136, 200)]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_a_turned_latent_is_of_the_turned_picture(of_c, of_a, size_c, size_a, width, height):
+    for latent, size in ((of_c(width, height), size_c), (of_a(width, height), size_a)):
+        for turns, expected in ((0, (height, width)), (1, (width, height)), (2, (height, width)), (3, (width, height))):
+            found = size(comfyui.rotate(latent, turns))
+            assert found == expected or (found is None and (width, height) == (256, 256))
+        assert size(comfyui.rotate(comfyui.rotate(latent, 1), 1)) in ((height, width), None)
+        assert size(comfyui.flip(comfyui.rotate(latent, 1), 2)) in ((width, height), None)
+
+
+def test_what_follows_a_turn_does_not_turn_it_back(of_c, size_c):
+    turned = comfyui.rotate(of_c(200, 256), 3)
+    for after in (
+        comfyui.blend(turned, of_c(256, 256), 0.3),
+        comfyui.flip(turned, 3),
+        comfyui.from_batch(turned, 1),
+        comfyui.set_noise_mask(turned, torch.ones(1, 64, 64)),
+        {**turned, "samples": turned["samples"].clone() * 0.5},
+    ):
+        assert size_c(after) == (200, 256)
+    if of_c.drawn:  # the copy is in the usual order: the values tell
+        assert size_c(comfyui.repeat(turned, 2)) == (200, 256)
+        assert size_c(comfyui.from_batch(comfyui.repeat(comfyui.flip(turned, 2), 2), 1)) == (200, 256)
+
+
+def test_a_flipped_or_mixed_latent_keeps_its_picture(of_c, of_a, size_c, size_a):
+    for latent, size in ((of_c(200, 256), size_c), (of_a(200, 256), size_a)):
+        other = {"samples": torch.randn_like(latent["samples"])}
+        for after in (
+            comfyui.flip(latent, 2),
+            comfyui.flip(latent, 3),
+            comfyui.blend(latent, other, 0.5),
+            comfyui.blend(latent, other, 0.0),
+            comfyui.repeat(latent, 3),
+            comfyui.from_batch(latent, 1),
+        ):
+            assert size(after) == (256, 200)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "factor", "expected"),
+    [(200, 256, 2, (512, 400)), (200, 256, 1.5, (384, 304)), (200, 256, 0.5, (128, 104)), (264, 128, 2, (256, 528)),
+     (136, 200, 2, (400, 272)), (256, 256, 2, (512, 512))],
+)  # fmt: skip
+def test_a_resized_latent_is_of_the_resized_picture(of_c, size_c, width, height, factor, expected):
+    """Rounded to 8 pixels."""
+    for resize in (comfyui.upscale_by, comfyui.bislerp):
+        assert size_c(resize(of_c(width, height), factor)) == expected
+
+
+def test_a_resized_latent_of_stage_a_is_of_the_resized_picture(of_a, size_a):
+    assert size_a(comfyui.upscale_by(of_a(200, 256), 2)) == (512, 400)
+    assert size_a(comfyui.upscale_by(of_a(264, 128), 0.5)) == (64, 136)  # 132 is no multiple of 8
+    assert size_a(comfyui.rotate(comfyui.upscale_by(of_a(200, 256), 2), 1)) == (400, 512)
+    assert size_a(comfyui.upscale_by(of_a(256, 256), 2)) is None
+
+
+def test_a_part_of_a_latent_is_the_picture_of_its_own_size(of_c, of_a, size_c, size_a):
+    assert size_c(comfyui.crop(of_c(200, 256), slice(0, 3), slice(2, 5))) == (128, 128)
+    assert size_c(comfyui.crop(of_c(400, 512), slice(3, 9), slice(0, 6))) == (256, 256)
+    assert size_c(comfyui.crop(of_c(264, 128), slice(None), slice(2, 8))) == (128, 256)
+    assert size_c(comfyui.crop(comfyui.upscale_by(of_c(200, 256), 2), slice(0, 6), slice(0, 6))) == (256, 256)
+    assert size_a(comfyui.crop(of_a(200, 256), slice(3, 20), slice(5, 32))) is None
+    if of_c.drawn:  # the copy is no view: the values tell
+        part = comfyui.from_batch(comfyui.crop(of_c(400, 512), slice(3, 9), slice(0, 6)), 1)
+        assert part["samples"].is_contiguous() and size_c(part) == (256, 256)
+        assert size_c(comfyui.concat(of_c(200, 256), {"samples": noise(2, 16, 6, 6)}, 3)) == (256, 512)
+        assert size_c(comfyui.concat({"samples": noise(2, 16, 6, 6)} | of_c(200, 256), of_c(200, 256), 2)) == (512, 256)
+
+
+def test_a_size_that_was_lost_is_the_largest(of_c, of_a, size_c, size_a):
+    for lost in (*comfyui.rebatch(of_c(200, 256)), comfyui.save_and_load(of_c(200, 256))):
+        assert size_c(lost) == (256, 256)
+    assert size_a(comfyui.save_and_load(of_a(200, 256))) is None
+    assert size_c({**of_a(200, 256), "samples": noise(1, 16, 6, 6)}) == (256, 256)
+
+
+def test_pictures_come_out_turned_and_resized(run, loaded, stage_c, stage_b):
+    """Through all stages, and the turned picture is the one that the turned latent of the whole frame shows."""
+    latent = run("WuerstchenSemanticCompress", semantic_compressor=loaded["semantic_compressor"],
+                 image=picture(256, 200), width=200, height=256)  # fmt: skip
+
+    def decoded(latent):
+        return run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=latent)
+
+    def drawn(latent):
+        return decoded(stage_b(stage_c(latent, denoise=0.3)))
+
+    turned = comfyui.rotate(latent, 1)
+    whole, cut = drawn({"samples": turned["samples"]}), drawn(turned)
+    assert whole.shape == (1, 256, 256, 3) and cut.shape == (1, 200, 256, 3)
+    same(cut, whole[:, 28:228])
+    enlarged = comfyui.upscale_by(latent, 2)
+    whole, cut = drawn({"samples": enlarged["samples"]}), drawn(enlarged)
+    assert whole.shape == (1, 512, 512, 3) and cut.shape == (1, 512, 400, 3)
+    same(cut, whole[:, :, 56:456])
+    fine = stage_b(latent)
+    same(decoded(comfyui.rotate(fine, 1)), decoded({"samples": torch.rot90(fine["samples"], 1, [3, 2])})[:, 28:228])
+
+
+# Latents that are far too large, since other models count 8 pixels a position
+
+
+@pytest.mark.parametrize("stage", ["c", "b"])
+def test_a_latent_that_nobody_can_have_meant_is_refused(stage, empty, stage_c, stage_b, of_c):
+    sample = {"c": stage_c, "b": stage_b}[stage]
+    cases = [
+        ({"samples": torch.zeros(1, 16, 32, 32)}, "32x32 stands for 1344x1344 pixels.*take it from Würstchen Empty"),
+        ({"samples": noise(1, 16, 97, 3)}, "97x3 is too large for Stage C, 96x96 .4096 pixels a side"),
+        (comfyui.upscale(of_c(256, 256), 256, 256), "32x32 is too large.*enlarged from 6x6.*LatentUpscaleBy"),
+        (comfyui.upscale(of_c(256, 256), 512, 512), "64x64 is too large.*enlarged from 6x6"),
+    ]
+    for latent, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            sample(latent)
+        assert "42.67 pixels" in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_large_latents_that_were_meant_are_not(size_c, of_c, module):
+    assert size_c(comfyui.upscale_by(of_c(200, 256), 4)) == (1024, 800)
+    assert size_c({"samples": noise(1, 16, 32, 32)}) == (1344, 1344)
+    assert size_c({"samples": torch.zeros(1, 16, 24, 24)}) == (1024, 1024)
+    assert size_c(of_c(4096, 1536)) == (1536, 4096)
+
+
+def test_a_latent_of_no_pictures_is_refused(run, loaded, stage_c, stage_b):
+    for sample in (stage_c, stage_b, lambda latent: run("WuerstchenSemanticPreview", latent=latent)):
+        with pytest.raises(ValueError, match=r"this latent is empty \(0x16x6x6\)"):
+            sample({"samples": torch.zeros(0, 16, 6, 6)})
+    with pytest.raises(ValueError, match=r"Würstchen VQGAN Decode: this latent is empty \(1x4x0x6\)"):
+        run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent={"samples": torch.zeros(1, 4, 0, 6)})
