@@ -27,7 +27,7 @@ class WuerstchenSemanticPreview(io.ComfyNode):
     @classmethod
     def execute(cls, latent, vae=None) -> io.NodeOutput:
         node = "Würstchen Semantic Preview"
-        samples = latents.samples_of(latent, CHANNELS, node, "a sampler with Stage C or Würstchen Semantic Compress")
+        samples = latents.samples_of(latent, CHANNELS, node, "Würstchen Stage C Sampler or Würstchen Semantic Compress")
         if vae is None:
             return io.NodeOutput(host.loading.linear_preview(samples))
         host.loading.require_semantic(vae, node)

@@ -14,7 +14,8 @@ class WuerstchenVQGANDecode(io.ComfyNode):
             node_id="WuerstchenVQGANDecode",
             display_name="Würstchen VQGAN Decode",
             category=sockets.CATEGORY,
-            description="Stage A: turns a latent into a picture, of exactly the size asked for (VAE Decode gives multiples of 64).",
+            description="Stage A: turns a latent into a picture of exactly the size that was asked for. VAE Decode "
+            "gives multiples of 64.",
             inputs=[
                 io.Vae.Input("vae", tooltip="Stage A: from Würstchen Load Stage A, Würstchen Load Model or Load VAE."),
                 io.Latent.Input("latent", tooltip="From a sampler with Stage B or Würstchen VQGAN Encode."),
@@ -26,10 +27,10 @@ class WuerstchenVQGANDecode(io.ComfyNode):
     def execute(cls, vae, latent) -> io.NodeOutput:
         node = "Würstchen VQGAN Decode"
         host.loading.require_stage_a(vae, node)
-        sources = "a sampler with Stage B or Würstchen VQGAN Encode"
+        sources = "Würstchen Stage B Sampler or Würstchen VQGAN Encode"
         samples = latents.samples_of(latent, vae.latent_channels, node, sources)
         latents.refuse_mask(latent, node)
-        return io.NodeOutput(latents.cut(vae.decode(samples), latents.geometry_of_stage_a(latent)))
+        return io.NodeOutput(latents.cut(vae.decode(samples).clamp(0, 1), latents.geometry_of_stage_a(latent)))
 
 
 class WuerstchenVQGANEncode(io.ComfyNode):

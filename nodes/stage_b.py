@@ -7,7 +7,7 @@ from ..wuerstchen_core.models.stage_b import StageBConfig
 from . import host, latents, sockets
 from .stage_c import CHANNELS
 
-SOURCES = "a sampler with Stage C or Würstchen Semantic Compress"
+SOURCES = "Würstchen Stage C Sampler or Würstchen Semantic Compress"
 NO_TEXT = torch.zeros(1, 77, 0)  # a text encoder of no width: there is none
 
 

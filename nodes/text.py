@@ -29,6 +29,8 @@ class WuerstchenTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, text: str) -> io.NodeOutput:
+        if not isinstance(text, str):
+            raise WuerstchenError(f"text: expected a text, got {type(text).__name__}")
         if clip is None:
             raise WuerstchenError(
                 "Würstchen Text Encode: this set has no text encoder for Stage B, which draws without a "

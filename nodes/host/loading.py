@@ -81,7 +81,8 @@ def require_semantic(vae: comfy.sd.VAE, node: str) -> None:
 
 def require_stage_a(vae: comfy.sd.VAE, node: str) -> None:
     """Raises WuerstchenError if a VAE is another than Stage A. ComfyUI's own of the same file is as good as ours."""
-    if (vae.latent_channels, vae.spacial_compression_decode()) != (StageAVAE.CHANNELS, StageAVAE.RATIO):
+    ours = isinstance(vae, comfy.sd.VAE) and (vae.latent_channels, vae.spacial_compression_decode())
+    if ours != (StageAVAE.CHANNELS, StageAVAE.RATIO):
         raise WuerstchenError(
             f"{node} takes Stage A, and this is {'the semantic' if isinstance(vae, SemanticVAE) else 'another'} VAE: "
             "take it from Würstchen Load Model, Würstchen Load Stage A, or Load VAE with Stage A's file"

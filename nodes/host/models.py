@@ -268,7 +268,7 @@ class Wuerstchen(comfy.model_base.BaseModel):
 class StageC(Wuerstchen):
     STAGE, AREA = "Stage C", 8 * 3 / 128
     SOURCES = "Würstchen Empty Latent or Würstchen Semantic Compress"
-    NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 20_000, 120_000
+    NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 21_000, 120_000
 
     def extra_conds(self, noise=None, cross_attn=None, **kwargs):
         self.check(noise, cross_attn)
@@ -339,7 +339,7 @@ def load_diffusion(kind: str, path, weight_dtype: str = "default") -> ModelPatch
 
 def require(model: ModelPatcher, kind: str | None, node: str) -> None:
     """Raises WuerstchenError if a MODEL is not the stage that the node is for, or, without a kind, not one of ours."""
-    given = model.model
+    given = getattr(model, "model", model)
     wanted = STAGES[kind][2] if kind else Wuerstchen
     if not isinstance(given, wanted):
         what = (

@@ -5,16 +5,22 @@ import contextlib
 import importlib
 import inspect
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import wuerstchen_core as w
-from tests.comfyui.host import CALLED
+from tests.comfyui.host import CALLED, load_set
+from tests.nodes.inputs import QUICK_B, QUICK_C
 
-if "COMFYUI_DIR" not in os.environ:
-    collect_ignore_glob = ["test_*.py"]
+
+def pytest_collection_modifyitems(items):
+    if "COMFYUI_DIR" not in os.environ:
+        needs = pytest.mark.skip(reason="needs a ComfyUI: set COMFYUI_DIR to its folder")
+        for item in items:
+            if item.path.parent.name == "comfyui":
+                item.add_marker(needs)
+
 
 EXTRAS = (
     "advanced_samplers apg cfg cond custom_sampler differential_diffusion easycache freelunch hooks hypertile latent "
@@ -60,21 +66,16 @@ def call(run, nodes, host_nodes):
     return call
 
 
-def loaded(run, name, weight_dtype="default"):
-    names = ("model_c", "clip_c", "model_b", "clip_b", "stage_a", "semantic")
-    return SimpleNamespace(**dict(zip(names, run("WuerstchenLoadModel", model=name, weight_dtype=weight_dtype))))
-
-
 @pytest.fixture(scope="session")
 def tinies(run):
     """The tiny set on ComfyUI's sockets."""
-    return loaded(run, "tiny")
+    return load_set(run, "tiny")
 
 
 @pytest.fixture(scope="session")
 def minis(run):
     """The mini on ComfyUI's sockets."""
-    return loaded(run, "mini")
+    return load_set(run, "mini")
 
 
 @pytest.fixture(scope="session")
@@ -121,3 +122,30 @@ def condition_calls(tinies):
             network.condition = lambda *inputs, condition=condition: done.append(1) or condition(*inputs)
             stack.callback(delattr, network, "condition")
         yield done
+
+
+@pytest.fixture(scope="session")
+def loaded(tinies):
+    """The tiny set's networks by name."""
+    return vars(tinies)
+
+
+@pytest.fixture
+def stage_c(run, tinies, text):
+    """latent -> what Würstchen Stage C Sampler makes of it"""
+
+    def sample(latent, **options):
+        inputs = {"positive": text("a cat"), "negative": text(""), **QUICK_C, **options}
+        return run("WuerstchenStageCSampler", model=tinies.model_c, latent=latent, **inputs)
+
+    return sample
+
+
+@pytest.fixture
+def stage_b(run, tinies):
+    """The same for Würstchen Stage B Sampler."""
+
+    def sample(latent, **options):
+        return run("WuerstchenStageBSampler", model=tinies.model_b, latent=latent, **{**QUICK_B, **options})
+
+    return sample

@@ -1,5 +1,7 @@
 """What the tests in a real ComfyUI share."""
 
+from types import SimpleNamespace
+
 import torch
 
 from tests.reference import distance
@@ -22,3 +24,9 @@ def apart(one, other):
 
 def psnr(image, other):
     return -10 * torch.log10((image - other).square().mean()).item()
+
+
+def load_set(run, name, weight_dtype="default"):
+    """A whole set on ComfyUI's sockets."""
+    names = ("model_c", "clip_c", "model_b", "clip_b", "stage_a", "semantic")
+    return SimpleNamespace(**dict(zip(names, run("WuerstchenLoadModel", model=name, weight_dtype=weight_dtype))))

@@ -1,18 +1,25 @@
 """Precision, partial loading, memory estimates, previews and interruption."""
 
+import weakref
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from tests.comfyui.conftest import loaded
-from tests.comfyui.host import apart, noise
+from tests.comfyui.host import apart, load_set, noise
 from tests.reference import distance
+from wuerstchen_core import Geometry
+from wuerstchen_core.models.stage_b import DiffNeXt
+from wuerstchen_core.models.stage_c import Prior
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn}
 
 
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 def test_weights_are_kept_narrow_and_computed_in_the_devices_precision(call, run, minis, ksampler, empty, weight_dtype):
-    narrow = loaded(run, "mini", weight_dtype)
+    narrow = load_set(run, "mini", weight_dtype)
     limit = {"fp16": 1e-5, "bf16": 0.02, "fp8_e4m3fn": 0.2}[weight_dtype]  # the mini's files are of float16
     positive, negative = (
         call("CLIPTextEncode", clip=minis.clip_c, text=text) for text in ("red apple, noto style", "")
@@ -56,10 +63,12 @@ def test_a_part_in_memory_is_enough(call, tinies, models, stage):
 
 def test_every_weight_that_is_stored_narrow_is_cast(run, minis):
     """A layer or parameter that takes its weights as they are would meet other dtypes here and fail."""
-    narrow = loaded(run, "mini", "fp8_e4m3fn")
+    narrow = load_set(run, "mini", "fp8_e4m3fn")
     with torch.inference_mode():
-        for model, x, inputs in ((narrow.model_c, noise(1, 16, 6, 6), (noise(1, 77, 192),)),
-                                 (narrow.model_b, noise(1, 4, 64, 64), (noise(1, 16, 6, 6), None, (64, 64)))):  # fmt: skip
+        for model, x, inputs in (
+            (narrow.model_c, noise(1, 16, 6, 6), (noise(1, 77, 192),)),
+            (narrow.model_b, noise(1, 4, 64, 64), (noise(1, 16, 6, 6), None, (64, 64))),
+        ):
             network = model.model.diffusion_model
             assert network(x, torch.tensor([0.5]), condition=network.condition(*inputs)).dtype == torch.float32
 
@@ -68,16 +77,65 @@ def test_the_vaes_are_never_loaded_in_part(tinies):
     assert tinies.stage_a.disable_offload and tinies.semantic.disable_offload
 
 
-def test_memory_estimates_are_of_the_measured_size(tinies):
-    """Per position, in bytes: ComfyUI's formula with our factors, at 1024 x 1024 of the released sizes in 16 bits."""
-    import comfy.model_management as management
+class Allocated(TorchDispatchMode):
+    """The most bytes that lie in storages at once, without those that were there before."""
 
-    model_c, model_b = tinies.model_c.model, tinies.model_b.model
-    if management.xformers_enabled() or management.pytorch_attention_flash_attention():
-        pytest.skip("another formula")
-    megabyte = 2**20
-    assert 38 * megabyte < model_c.memory_required([1, 16, 24, 24])
-    assert 177 * megabyte < model_b.memory_required([1, 4, 256, 256]) < 8 * 2**30
+    def __init__(self, network):
+        super().__init__()
+        self.bytes = self.most = 0
+        weights = (*network.parameters(), *network.buffers())
+        self.known = {id(weight.untyped_storage()): weight.untyped_storage() for weight in weights}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and id(storage) not in self.known:
+                self.known[id(storage)] = None
+                self.bytes += storage.nbytes()
+                self.most = max(self.most, self.bytes)
+                weakref.finalize(storage, self.freed, id(storage), storage.nbytes())
+        return result
+
+    def freed(self, key, nbytes):
+        self.bytes -= nbytes
+        del self.known[key]
+
+
+def allocated(network, geometry):
+    """The most bytes that a step with guidance holds beside the weights, as attention that keeps no scores does."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch.device("meta"),
+        torch.inference_mode(),
+        Allocated(network) as memory,
+    ):
+        patch.setattr(F, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
+        tokens = torch.empty(2, 77, network.config.text_width)
+        semantic, fine = torch.empty(2, 16, *geometry.stage_c), torch.empty(2, 4, *geometry.stage_a)
+        if isinstance(network, Prior):
+            condition, x = network.condition(tokens), semantic
+        else:
+            condition, x = network.condition(semantic, tokens, fine.shape[-2:]), fine
+        network.denoise(x, [row[:1] for row in network.modulate(torch.empty(12), torch.float32)], condition)
+    return memory.most
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "sides"), [("c", Prior, (512, 1024, 4096)), ("b", DiffNeXt, (512, 1024, 4096))]
+)
+def test_memory_estimates_are_what_the_released_stages_take(tinies, stage, kind, sides):
+    """In float32, and with guidance, as ComfyUI asks for it."""
+    with torch.device("meta"):
+        network = kind()
+    model = getattr(tinies, f"model_{stage}").model
+    for side in sides:
+        geometry = Geometry(side, side)
+        shape = [2, *((16, *geometry.stage_c) if stage == "c" else (4, *geometry.stage_a))]
+        needed = allocated(network, geometry)
+        assert needed <= model.memory_required(shape) <= 1.5 * needed
+    longer = model.memory_required(shape, {"c_crossattn": [[1, 77, 32], [1, 154, 32]]})
+    assert longer > model.memory_required(shape)
 
 
 class Bar:

@@ -119,8 +119,8 @@ def test_several_loras_add_up_and_merges_halve(call, tinies, loras, ksampler, em
     blocks = call("ModelMergeBlocks", model1=tinies.model_c, model2=lora(tinies.model_c, 1.0), input=0.5, middle=0.5,
                   out=0.5)  # fmt: skip
     assert apart(ksampler(empty(), blocks), half) < 1e-3
-    added = call("ModelMergeAdd", model1=lora(tinies.model_c, 1.0),
-                 model2=call("ModelMergeSubtract", model1=tinies.model_c, model2=tinies.model_c, multiplier=1.0))  # fmt: skip
+    nothing = call("ModelMergeSubtract", model1=tinies.model_c, model2=tinies.model_c, multiplier=1.0)
+    added = call("ModelMergeAdd", model1=lora(tinies.model_c, 1.0), model2=nothing)
     assert apart(ksampler(empty(), added), whole) < 1e-3
 
 

@@ -115,3 +115,28 @@ def test_results_that_are_not_finite(call, tinies, ksampler, text):
     refused("gave values that are not finite", ksampler, {"samples": noise(1, 16, 6, 6) * float("inf")}, denoise=0.5)
     broken = [[text("a cat")[0][0] * float("nan"), {}]]
     refused("not finite: run its text encoder in float32", ksampler, {"samples": noise(1, 16, 6, 6)}, positive=broken)
+
+
+def test_what_a_script_may_put_on_a_socket(run, tinies, empty, text, minis):
+    """Anything at all, and each node says what it takes."""
+    prompts, options = (
+        {"positive": text("a"), "negative": text("")},
+        {"seed": 1, "steps": 2, "cfg": 1.0, "sampler": "ddpm"},
+    )
+    for wrong in ("x", 0, None, tinies.clip_c, tinies.stage_a.first_stage_model):
+        refused("Stage C Sampler is for", run, "WuerstchenStageCSampler", model=wrong, latent=empty(), schedule="even",
+                denoise=1.0, **prompts, **options)  # fmt: skip
+        refused("Stage B Sampler is for", run, "WuerstchenStageBSampler", model=wrong, latent=empty(), **options)
+        refused("takes Stage A", run, "WuerstchenVQGANDecode", vae=wrong, latent=empty())
+        refused("takes the semantic VAE", run, "WuerstchenSemanticCompress", vae=wrong, image=torch.rand(1, 64, 64, 3),
+                width=128, height=128)  # fmt: skip
+    for wrong in ("x", None, {}, {"samples": "x"}, noise(1, 16, 3, 3)):
+        refused("takes a latent, not .*: take it from", run, "WuerstchenStageBSampler", model=tinies.model_b,
+                latent=wrong, **options)  # fmt: skip
+    refused("text: expected a text, got NoneType", run, "WuerstchenTextEncode", clip=tinies.clip_c, text=None)
+
+
+@pytest.mark.parametrize("side", [120, 130, 0, 4104])
+def test_a_size_out_of_range(run, tinies, side):
+    refused(f"width is {side}: it must be a multiple of 8 from 128 to 4096", run, "WuerstchenSemanticCompress",
+            vae=tinies.semantic, image=torch.rand(1, 64, 64, 3), width=side, height=256)  # fmt: skip
