@@ -29,7 +29,6 @@ class WuerstchenVQGANDecode(io.ComfyNode):
         host.loading.require_stage_a(vae, node)
         sources = "Würstchen Stage B Sampler or Würstchen VQGAN Encode"
         samples = latents.samples_of(latent, vae.latent_channels, node, sources)
-        latents.refuse_mask(latent, node)
         return io.NodeOutput(latents.cut(vae.decode(samples).clamp(0, 1), latents.geometry_of_stage_a(latent)))
 
 

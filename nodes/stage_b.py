@@ -18,7 +18,6 @@ def conditioned(latent: dict, positive: list | None, negative: list | None, node
     zeros.
     """
     samples = latents.samples_of(latent, CHANNELS, node, SOURCES)
-    latents.refuse_mask(latent, node)
     geometry, work = latents.geometry_of_stage_c(latent), Geometry.of_stage_c(*samples.shape[-2:])
     if positive is None:
         positive = [[NO_TEXT if negative is None else torch.zeros_like(negative[0][0]), {}]]

@@ -80,4 +80,4 @@ class WuerstchenStageCSampler(io.ComfyNode):
             mask=latents.mask_of(latent, geometry),
             batch_index=latent.get("batch_index"),
         )
-        return io.NodeOutput(latents.pack(sampled, geometry, like={**latent, latents.DRAWN: latent.get("noise_mask")}))
+        return io.NodeOutput(latents.pack(sampled, geometry, like=latent))

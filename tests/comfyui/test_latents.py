@@ -25,6 +25,8 @@ def test_a_noise_mask_keeps_the_rest(call, run, tinies, text, ksampler, half):
     masked = call("SetLatentNoiseMask", samples=start, mask=half)
     ours = sampled(run, tinies.model_c, text("a cat"), text(""), masked)
     for drawn in (ksampler(masked), ours):
+        positive, negative, fine = call("WuerstchenStageBConditioning", latent=drawn)
+        assert "noise_mask" not in fine  # it was Stage C's
         kept, redrawn = ((drawn["samples"] - start["samples"])[..., part] for part in (slice(0, 5), slice(7, None)))
         assert kept.abs().max() < 1e-5 and redrawn.abs().mean() > 0.1
 
