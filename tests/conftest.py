@@ -57,10 +57,11 @@ def tiny_folder(tmp_path_factory):
                 blocks=(1, 1, 1, 1),
                 condition_width=24,
                 text_width=32,
+                dropout=0.0,
                 latent_space=SPACE,
             )
         ),
-        "stage_c": Prior(StageCConfig(width=32, depth=2, heads=2, text_width=32)),
+        "stage_c": Prior(StageCConfig(width=32, depth=2, heads=2, text_width=32, dropout=0.0)),
         "text_encoder_c": TextEncoder(TextEncoderConfig(width=32, layers=1, heads=2)),
         "semantic_compressor": SemanticCompressor(
             SemanticCompressorConfig(stem=8, stages=stages, features=16, latent_space=SPACE)

@@ -13,6 +13,7 @@ from .checkpoints.lora import load_lora
 from .geometry import Geometry
 from .models.lora import LoRA, apply_loras
 from .pipeline import Wuerstchen
+from .training.command import train
 from .util.errors import WuerstchenError
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "load_stage_c",
     "load_text_encoder",
     "save",
+    "train",
 ]

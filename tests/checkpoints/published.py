@@ -5,6 +5,8 @@ another order; a wrong number of heads; the semantic latent's columns taken for 
 instead of the EMA; the vision tower instead of the text tower; a network built smaller than its file.
 """
 
+from pathlib import Path
+
 import open_clip
 import torch
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
@@ -17,6 +19,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 
 import wuerstchen_core as w
 from tests.reference import randomise
+from wuerstchen_core.checkpoints.archive import Archive
 from wuerstchen_core.models.semantic_compressor import EFFICIENTNET_V2_S, SemanticCompressor, SemanticCompressorConfig
 from wuerstchen_core.models.stage_a import VQGAN
 
@@ -279,3 +282,9 @@ def write(content, path):
 
 H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+
+
+def on_paper(build):
+    """An archive of a network's names and shapes, without memory for its weights."""
+    with torch.device("meta"):
+        return Archive(Path("paper.pt"), "PyTorch", build().state_dict())

@@ -1,7 +1,5 @@
 """What is read from names and shapes alone: configurations, and whose file it is."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
@@ -9,8 +7,16 @@ from torchvision.models import efficientnet_v2_l
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import wuerstchen_core as w
-from tests.checkpoints.published import LOADERS, G, H, PublishedCompressor, as_published, small_compressor, write
-from wuerstchen_core.checkpoints.archive import Archive
+from tests.checkpoints.published import (
+    LOADERS,
+    G,
+    H,
+    PublishedCompressor,
+    as_published,
+    on_paper,
+    small_compressor,
+    write,
+)
 from wuerstchen_core.checkpoints.layouts import part_at, places
 from wuerstchen_core.checkpoints.load import empty, shapes
 from wuerstchen_core.checkpoints.mapping import sources
@@ -20,12 +26,6 @@ from wuerstchen_core.models.stage_a import StageAConfig
 from wuerstchen_core.models.stage_b import StageBConfig
 from wuerstchen_core.models.stage_c import StageCConfig
 from wuerstchen_core.models.text_encoder import TextEncoderConfig
-
-
-def on_paper(build):
-    """An archive of a network's names and shapes, without memory for its weights."""
-    with torch.device("meta"):
-        return Archive(Path("paper.pt"), "PyTorch", build().state_dict())
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ PROBES = {
 )
 def test_another_models_file_is_named(tmp_path, kind, probe, says):
     path = write({name: torch.ones(4, 4) for name in PROBES[probe]}, tmp_path / "other.safetensors")
-    with pytest.raises(w.WuerstchenError, match=f"other.safetensors: this is .*{says}.*; here goes a {kind} file"):
+    with pytest.raises(w.WuerstchenError, match=f"other.safetensors: this is .*{says}.*; expected a {kind} file"):
         LOADERS[kind](path)
 
 

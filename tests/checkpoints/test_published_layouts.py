@@ -73,7 +73,7 @@ def test_a_network_in_the_wrong_loader_is_named(layout, tmp_path, asked):
     if asked == kind or "effnet_state_dict" in content:
         return
     path = write(content, tmp_path / "weights.safetensors")
-    says = f"this is a {kind} file(, with CLIP's vision tower)?; load_{kind} takes it, here goes a {asked} file"
+    says = f"this is a {kind} file(, with CLIP's vision tower)?; load_{kind} takes it, expected a {asked} file"
     with pytest.raises(w.WuerstchenError, match=says):
         LOADERS[asked](path)
 

@@ -1,6 +1,7 @@
 """wuerstchen generate: its pictures, its networks from files, and what is wrong with its options."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -16,21 +17,29 @@ from wuerstchen_core.cli import main
 FEW = ["--steps-c", "2", "--steps-b", "2"]
 
 
+def settings_of(path):
+    with Image.open(path) as picture:
+        return json.loads(picture.text["wuerstchen"])
+
+
 @pytest.fixture
 def generate(tiny_folder):
     return lambda *arguments: main(["generate", *arguments, *FEW, "--model", str(tiny_folder)])
 
 
-def test_a_picture_is_what_generate_returns_and_carries_how_it_was_made(generate, tiny, capsys):
+def test_a_picture_is_what_generate_returns_and_carries_how_it_was_made(generate, tiny, tiny_folder, capsys):
     assert generate("a pizza, 🍕", "-o", "p.png", "--seed", "7", "--negative", "cheese", "--width", "264") == 0
     assert capsys.readouterr().out == "p.png\n"
     expected = tiny.generate("a pizza, 🍕", negative_prompt="cheese", seed=7, width=264, steps_c=2, steps_b=2)[0]
     with Image.open("p.png") as picture:
         assert picture.size == (264, 256)
         assert np.array_equal(np.array(picture), (expected * 255).round().byte().numpy())
-        told = picture.text
-    assert told["prompt"] == "a pizza, 🍕" and told["negative_prompt"] == "cheese" and told["seed"] == "7"
-    assert told["steps_c"] == "2" and told["cfg_c"] == "4.0"
+        assert set(picture.text) == {"wuerstchen", "Description"}  # "prompt" and "workflow" are ComfyUI's, in JSON
+        assert picture.text["Description"].startswith("a pizza, 🍕\nnegative_prompt: cheese\n")
+        told = json.loads(picture.text["wuerstchen"])
+    again = {"negative_prompt": "cheese", "seed": 7, "steps_c": 2, "cfg_c": 4.0, "steps_b": 2, "cfg_b": 1.0}
+    again |= {"width": 264, "height": 256, "batch_size": 1, "sampler": "ddpm", "schedule": "even"}
+    assert told == {"prompt": "a pizza, 🍕", **again, "device": "cpu", "model": tiny_folder.name}
 
 
 def test_a_batch_is_numbered(generate, capsys):
@@ -49,7 +58,8 @@ def test_a_picture_to_start_from(generate, tiny, tmp_path):
     seen[20:60, 30:80] = torch.tensor([200, 30, 60]) / 255
     expected = tiny.generate("a cat", image=seen, denoise=0.3, steps_c=2, steps_b=2)[0]
     assert np.array_equal(np.array(Image.open("out.png")), (expected * 255).round().byte().numpy())
-    assert Image.open("out.png").text["denoise"] == "0.3"
+    told = settings_of("out.png")
+    assert told["denoise"] == 0.3 and told["image"] == "in.png"
 
 
 @pytest.fixture
@@ -92,7 +102,7 @@ def test_a_network_from_a_file_takes_the_place_of_the_sets(generate, tiny, other
     picture = np.array(Image.open("p.png"))
     assert np.array_equal(picture, (expected * 255).round().byte().numpy())
     assert not np.array_equal(picture, np.array(Image.open("own.png")))
-    told = Image.open("p.png").text
+    told = settings_of("p.png")
     assert {told[role] for role in SET if role in told} == {f"other_{name}.safetensors" for name in given}
 
 
@@ -132,7 +142,14 @@ def test_other_commands_take_single_networks_too(tiny_folder, others, capsys):
         (["--sampler", "euler"], "euler"),
         (["--batch", "0"], "batch_size is 0"),
         (["--seed", str(2**64)], "seed is 18446744073709551616"),
+        (["--cfg-c", "nan"], "cfg_c is nan"),
+        (["--cfg-b", "inf"], "cfg_b is inf"),
+        (["--batch", "1000000000000"], "batch_size is 1000000000000"),
+        (["--negative", "caf\udce9"], "--negative is not UTF-8"),
+        (["--lora", "text.png:inf"], "text.png"),
+        (["-o", "x" * 240 + ".png"], "no picture can be written"),
         (["--device", "toaster"], "toaster"),
+        (["--device", "meta"], "device 'meta'"),
         (["--stage-c", "none.safetensors"], "none.safetensors: there is no such file"),
         (["--stage-c", str(MINI / "stage_b.safetensors")], "stage_b.safetensors: this is a stage_b file"),
         (["--stage-c", str(MINI / "stage_c.safetensors")], "text encoder of width 192, but this text"),

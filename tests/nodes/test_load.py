@@ -85,26 +85,18 @@ def test_a_folder_that_cannot_be_searched_keeps_nothing_from_loading(
     shutil.copytree(tiny_folder, models / "wuerstchen" / "open")
     shutil.copytree(tiny_folder, models / "wuerstchen" / "closed")
     shutil.copytree(tiny_folder, models / "checkpoints" / "closed")
-    stat, iterdir = Path.stat, Path.iterdir
+    stat, iterdir = os.stat, Path.iterdir
 
     def closed(path, *args, **kwargs):
-        if path.parent.name == "closed":
+        if not isinstance(path, int) and Path(path).parent.name == "closed":
             raise PermissionError(13, "Permission denied", str(path))
         return stat(path, *args, **kwargs)
 
-    def is_there(path):
-        try:
-            return bool(path.stat())
-        except FileNotFoundError:
-            return False
-
-    monkeypatch.setattr(Path, "stat", closed)
-    monkeypatch.setattr(Path, "is_file", is_there)
-    monkeypatch.setattr(Path, "exists", is_there)
+    monkeypatch.setattr(os, "stat", closed)
     assert options(nodes) == ["mini", "open"]
     for node_id in KINDS:
         assert not any("closed" in name for name in listed(node_id))
-    with pytest.raises(ValueError, match="closed: can't be read .Permission denied."):
+    with pytest.raises(ValueError, match="closed.*: cannot be read .Permission denied."):
         folders.model_set("closed")
     monkeypatch.setattr(Path, "iterdir", lambda path: closed(path / "closed" / "x") and iterdir(path))
     assert options(nodes) == ["mini"]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from collections import defaultdict
 from multiprocessing import get_context
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.util import tensor_util
 from torch import nn
 
+import wuerstchen_core as w
 from wuerstchen_core.training.loop import run
 from wuerstchen_core.training.loop.run import Plan, train
 from wuerstchen_core.training.loop.task import Task
@@ -102,13 +104,32 @@ def fill_disk(folder):
         Path(folder, "told").write_text(f"{type(error).__name__}: {error}")
 
 
+def join_two(rank, port):
+    """This process becomes one of two on the CPU, as `accelerate launch` would make it."""
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_stages(rank, port, stages):
+    """Some stages' runs, one after the other, as one of two processes; `stages` are stage -> options."""
+    join_two(rank, port)
+    for stage, options in stages.items():
+        w.train(stage, **options)
+    torch.distributed.destroy_process_group()
+
+
 def run_sharded(folder, rank, port, steps):
     """The toy's run as one of two processes that share its weights, on the CPU, where accelerate shards nothing by
     itself."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    join_two(rank, port)
     made = run._accelerator
 
     def sharding(plan, task):
@@ -123,6 +144,30 @@ def run_sharded(folder, rank, port, steps):
     run.train(task, Plan(**{**PLAN, "steps": steps}), folder, toy_batches(batch=2))
     assert all(hasattr(parameter, "full_tensor") for parameter in task.parameters())
     torch.distributed.destroy_process_group()
+
+
+def launcher(folder):
+    """Starts the toy's run as a launcher does, and waits for it; the run tells how it ended in the file `told`."""
+    pid = os.fork()
+    if pid:
+        Path(folder, "pid").write_text(str(pid))
+        os.waitpid(pid, 0)
+        return
+    made = run.Interrupts
+    run.Interrupts = lambda launched: made(launched=True)
+    try:
+        run_toy(folder, pause=0.02, steps=1000, save_every=1)
+    except BaseException as error:
+        Path(folder, "telling").write_text(f"{type(error).__name__}: {error}")
+        os.rename(Path(folder, "telling"), Path(folder, "told"))
+    os._exit(0)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def process(target, *arguments):

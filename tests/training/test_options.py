@@ -1,8 +1,14 @@
 """Options of training: files, the command line, and what the shipped configurations say."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
 
 import wuerstchen_core as w
 from wuerstchen_core import cli
@@ -13,7 +19,7 @@ from wuerstchen_core.models.stage_c import StageCConfig
 from wuerstchen_core.training import command
 from wuerstchen_core.training.data.options import DataOptions
 from wuerstchen_core.training.loop.run import Plan
-from wuerstchen_core.training.options import listed, load, option, override, read, read_all
+from wuerstchen_core.training.options import listed, literal, load, merge, option, override, read, read_all
 
 
 @dataclass(frozen=True)
@@ -99,21 +105,151 @@ def classes(stage):
     return command.RunOptions, DataOptions, Plan, module.Options
 
 
+def values(stage, table):
+    """Name -> value of all options of a stage."""
+    found = {}
+    for options in read_all(classes(stage), table, "c.toml"):
+        for name, *_ in listed(type(options)):
+            found[name] = options
+            for part in name.split("."):
+                found[name] = getattr(found[name], part)
+    return found
+
+
+def flat(table, prefix=""):
+    for name, value in table.items():
+        yield from flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+
+
 @pytest.mark.parametrize("size", ["mini", "v2"])
 @pytest.mark.parametrize("stage", command.STAGES)
-def test_shipped_configurations_name_and_explain_every_option(stage, size):
-    """Each option stands in the file, with a comment; those of networks under their table's."""
+def test_shipped_configurations_hold_what_differs_from_the_defaults(stage, size):
     path = command.CONFIGS / size / f"{command.STAGES[stage][0]}.toml"
-    table, lines = load(str(path)), path.read_text("utf-8").splitlines()
-    read_all(classes(stage), table, str(path))
-    for name, *_ in listed(*classes(stage)):
-        at = table
-        for part in name.split("."):
-            assert part in at, f"{path}: {name}"
-            at = at[part]
-        if "." not in name:
-            number = next(n for n, line in enumerate(lines) if line.startswith(f"{name} = "))
-            assert lines[number - 1].startswith("# ") or " # " in lines[number], name
+    table = load(str(path))
+    given = values(stage, table)
+    assert {"folder", "data", "steps"} <= table.keys()
+    defaults = {name: default for name, _, default, _ in listed(*classes(stage))}
+    for name, _ in flat(table):
+        if name != "network.dropout":  # what is not so small as the mini has one
+            assert given[name] != defaults[name], name
+    assert path.read_text("utf-8").startswith("# ") and len(path.read_text("utf-8").splitlines()) <= 42
+
+
+@pytest.mark.parametrize("size", ["mini", "v2", None])
+@pytest.mark.parametrize("stage", command.STAGES)
+def test_all_options_are_written_with_their_help_and_taken_back(stage, size, tmp_path, capsys):
+    path = str(tmp_path / "all.toml")
+    changes = ["--learning-rate", "1e-05", "--folder", 'a "b"\\\x7f ü', "--workers", "0"]
+    config = ["--config", size] if size else ["--steps", "7", "--data", "pictures"]
+    assert cli.main(["train", stage, *config, *changes, "--write-config", path]) == 0
+    assert f"{path}: the options of {stage}" in capsys.readouterr().out
+    table = load(path)
+    file = str(command.CONFIGS / size / f"{command.STAGES[stage][0]}.toml") if size else None
+    expected = {**(load(file) if size else {"steps": 7, "data": "pictures"}), "learning_rate": 1e-5, "workers": 0}
+    assert values(stage, table) == values(stage, expected | {"folder": 'a "b"\\\x7f ü'})
+    assert {name for name, _ in flat(table)} == {name for name, *_ in listed(*classes(stage))}
+    told = " ".join(line.removeprefix("# ") for line in open(path, encoding="utf-8").read().splitlines())
+    for name, _, _, help in listed(*classes(stage)):
+        assert help in told, name
+    again = str(tmp_path / "again.toml")
+    assert cli.main(["train", stage, "--config", path, "--write-config", again]) == 0
+    assert open(again).read() == open(path).read()
+
+
+def test_what_must_be_given_is_written_as_a_comment(tmp_path, capsys):
+    path = tmp_path / "all.toml"
+    assert cli.main(["train", "lora", "--steps", "5", "--write-config", str(path)]) == 0
+    assert load(str(path))["steps"] == 5 and not {"folder", "data"} & load(str(path)).keys()
+    assert "# folder =   # must be given" in path.read_text().splitlines()
+    capsys.readouterr()
+    assert cli.main(["train", "lora", "--config", str(path)]) == 2
+    assert "all.toml: folder is missing (where the run keeps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--write-config", "gone/all.toml", "--config", "mini"], "gone/all.toml: could not be written (No such file"),
+        (["--write-config", "all.toml", "--config", "mini", "--batch", "few"], "batch is 'few': a whole number"),
+        (["--write-config", "all.toml", "--steps", "0"], "steps is 0: it must be at least 1"),
+        (["--write-config", "all.toml", "--config", "wrong.toml"], "there is no option 'stepps'; there are folder"),
+        (["--config", "wrong.toml"], "did you mean steps?"),
+        (
+            ["--data", "x", "--folder", "y"],
+            "stage-c: steps is missing (number of updates of the weights): give --steps",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.toml").write_text("stepps = 3")
+    assert cli.main(["train", "stage-c", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1 and len(error) < 500
+    assert not (tmp_path / "all.toml").exists()
+
+
+def test_values_of_python_and_of_dotted_names_go_before_the_table():
+    table = {"rate": 1.0, "network": {"widths": [4, 4], "latent_space": {"shift": 0.5}}}
+    given = {"data": Path("x"), "prompts": ("b",), "network.latent_space.scale": 3.0, "network": {"heads": (0, 2)}}
+    merged = merge(table, given)
+    options = read(Options, merged, "c.toml")
+    assert (options.data, options.rate, options.prompts) == ("x", 1.0, ("b",))
+    assert options.network.widths == (4, 4) and options.network.heads == (0, 2)
+    assert (options.network.latent_space.shift, options.network.latent_space.scale) == (0.5, 3.0)
+    whole = StageBConfig(widths=(8, 8), heads=(0, 1))
+    assert read(Options, merge({"data": "x"}, {"network": whole}), "c.toml").network == whole
+    stages = (BackboneStage(True, 4, 2, 32, 1),)
+    merged = merge({"data": "x"}, {"compressor": SemanticCompressorConfig(stages=stages)})
+    assert read(Options, merged, "c.toml").compressor.stages == stages
+
+
+@pytest.mark.parametrize(
+    "value", [1e-5, 1e22, 0.1, float("inf"), -3, True, "", 'a"\\\n\x7f\u20ac😀', [1, 2], ["a"], [[True, 4]]]
+)
+def test_a_literal_is_read_as_it_was(value):
+    assert tomllib.loads(f"x = {literal(value)}")["x"] == value
+
+
+def test_messages_about_values_of_any_length_are_short():
+    for table in ({"data": "x", "rate": "y" * 10_000}, {"data": "x", "z" * 10_000: 1}, {"data": ["x\x1b"] * 10_000}):
+        with pytest.raises(w.WuerstchenError) as told:
+            read(Options, table, "c.toml")
+        assert len(str(told.value)) < 500 and str(told.value).isprintable()
+
+
+def test_training_by_python_is_training_by_the_command_line(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(command, "_train", lambda module, *options: runs.append((module.__name__, *options)))
+    sizes = {"depth": 2, "width": 64}
+    w.train("stage-c", config="mini", folder=tmp_path, data="p", learning_rate=1e-5, prompts=["a"], network=sizes)
+    arguments = ["--config", "mini", "--folder", str(tmp_path), "--data", "p", "--learning-rate", "1e-5"]
+    arguments += ["--prompts", '["a"]', "--network.depth", "2", "--network.width", "64"]
+    assert cli.main(["train", "stage-c", *arguments]) == 0
+    assert runs[0] == runs[1] and runs[0][0].endswith("stages.stage_c")
+    assert runs[0][1].folder == str(tmp_path) and runs[0][4].network.depth == 2 and runs[0][3].steps == 4000
+    w.train("lora", folder="x", data="y", steps=3)  # without a configuration
+    assert runs[2][3] == Plan(steps=3)
+
+
+@pytest.mark.parametrize(
+    "stage, options, told",
+    [
+        ("stage-d", {}, "there is no stage 'stage-d': take one of stage-a, stage-b, stage-c, previewer, lora"),
+        ("stage-c", {"config": "mini", "stepps": 3}, "there is no option 'stepps'"),
+        ("stage-c", {"config": "mini", "learning_rate": "fast"}, "learning_rate is 'fast': a number is needed"),
+        ("stage-c", {"config": "mini", "network": 3}, "network is 3: a table is needed"),
+        ("stage-c", {"config": "mini", "network": {"depht": 3}}, "network: there is no option 'depht'"),
+        ("stage-c", {"config": "nowhere.toml"}, "nowhere.toml: the configuration can't be read"),
+        ("stage-c", {"folder": "x", "steps": 3}, "stage-c: data is missing"),
+        ("stage-c", {"config": "mini", "steps": None}, "steps is None: a whole number is needed"),
+        ("stage-c", {"config": "mini", "network.depth": object}, "depth is <class 'object'>: a whole number is needed"),
+    ],
+)
+def test_what_is_wrong_with_training_by_python_is_told(stage, options, told):
+    with pytest.raises(w.WuerstchenError) as error:
+        w.train(stage, **options)
+    assert told in str(error.value) and len(str(error.value)) < 500
 
 
 def test_shipped_networks_are_the_minis_and_the_released_ones():
@@ -123,12 +259,12 @@ def test_shipped_networks_are_the_minis_and_the_released_ones():
     ):
         for size, expected in (("mini", load_network(MINI / f"{name}.safetensors").config), ("v2", released)):
             path = str(command.CONFIGS / size / f"{name}.toml")
-            network = read(type(expected), load(path)["network"], path)
+            network = read_all(classes(name.replace("_", "-")), load(path), path)[-1].network
             if name == "stage_b":  # the latent space is the compressor's
                 network = replace(network, latent_space=expected.latent_space)
             assert network == expected
     path = str(command.CONFIGS / "mini" / "stage_b.toml")
-    compressor = read(SemanticCompressorConfig, load(path)["compressor"], path)
+    compressor = read_all(classes("stage-b"), load(path), path)[-1].compressor
     assert compressor == w.load_semantic_compressor(MINI / "semantic_compressor.safetensors").config
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..util.errors import one_line
 from .archive import open_archive
 from .layouts import foreign
 from .load import empty, parts, shapes
@@ -12,13 +13,19 @@ from .mapping import sources
 
 
 def describe(path: str | Path) -> Iterator[str]:
-    """What a file holds, a line a fact: its format, then of every network its loader, configuration, size and dtype;
-    of a LoRA its modules and ranks, and the width of the Stage C that it is for.
+    """What a file holds, one line per fact.
 
-    Raises WuerstchenError as the loaders do; the weights of networks are not read.
+    Its format, then of every network its loader, configuration, size and dtype; of a LoRA its modules and ranks, the
+    width of the Stage C that it is for, and what is left out of it.
+
+    No line has control characters. Raises WuerstchenError as the loaders do; the weights of networks are not read.
     """
+    return map(one_line, _facts(path))
+
+
+def _facts(path: str | Path) -> Iterator[str]:
     archive = open_archive(path)
-    head = f"{archive.path}: {archive.format}, {archive.path.stat().st_size / 1e6:,.1f} MB"
+    head = f"{archive.path}: {archive.format}, {archive.size / 1e6:,.1f} MB"
     if is_lora(archive):
         yield from (head, *describe_lora(archive))
         return

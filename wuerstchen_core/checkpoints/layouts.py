@@ -5,7 +5,9 @@ attention heads are 64 wide, which shapes do not show.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Size
 
@@ -21,6 +23,8 @@ from .archive import Archive
 HEAD_WIDTH = 64
 CLIP_VOCABULARY = 49408
 PATCH = 2  # of Stage B
+RELEASED_C, RELEASED_S = StageCConfig(), SemanticCompressorConfig()
+RELEASED_TEXT_LAYERS = {1024: 24, 1280: 32}  # CLIP H, bigG
 BACKBONE_STRIDES = (1, 2, 2, 2, 1, 2, 1)  # EfficientNetV2's stages; S has no seventh
 
 # Names that only one network has, and that it has many of, so that one tensor missing does not hide what a file is.
@@ -64,14 +68,29 @@ class Part:
 class Shapes(dict[str, Size]):
     """Shapes by name, of the tensors whose names begin with a prefix (which is left out)."""
 
-    def __init__(self, archive: Archive, kind: str, prefix: str):
+    def __init__(self, archive: Archive, kind: str, prefix: str, shapes: Iterable[tuple[str, Size]] | None = None):
         self.archive, self.kind, self.prefix = archive, kind, prefix
-        super().__init__(
-            (name[len(prefix) :], tensor.shape) for name, tensor in archive.tensors.items() if name.startswith(prefix)
-        )
+        if shapes is None:
+            tensors = archive.tensors.items()
+            shapes = ((name[len(prefix) :], tensor.shape) for name, tensor in tensors if name.startswith(prefix))
+        super().__init__(shapes)
 
     def __missing__(self, name: str) -> Size:
         raise WuerstchenError(f"{self.archive.path}: an incomplete {self.kind} file, {self.prefix}{name} is missing")
+
+    @cached_property
+    def _groups(self) -> dict[str, list[tuple[str, Size]]]:
+        """By the first two words of a name, the rest of it."""
+        groups: dict[str, list[tuple[str, Size]]] = {}
+        for name, shape in self.items():
+            first, _, rest = name.partition(".")
+            second, _, rest = rest.partition(".")
+            groups.setdefault(f"{first}.{second}.", []).append((rest, shape))
+        return groups
+
+    def within(self, group: str) -> "Shapes":
+        """Those whose names begin with two words, such as `blocks.3.`."""
+        return Shapes(self.archive, self.kind, self.prefix + group, self._groups.get(group, []))
 
     def has(self, pattern: str) -> bool:
         return any(re.fullmatch(pattern, name) for name in self)
@@ -84,9 +103,26 @@ class Shapes(dict[str, Size]):
         return self[pattern.replace(r"\d+", "*").replace("\\", "")]
 
     def count(self, pattern: str) -> int:
-        """One more than the largest number that the pattern's group matches at the start of a name, or 0."""
+        """One more than the largest number that the pattern's group matches at the start of a name, or 0.
+
+        Raises WuerstchenError for a number that there are not enough tensors for.
+        """
         matches = (re.match(pattern, name) for name in self)
-        return max((int(match[1]) + 1 for match in matches if match), default=0)
+        count = max((int(match[1]) + 1 for match in matches if match), default=0)
+        if count > len(self):
+            raise WuerstchenError(
+                f"{self.archive.path}: an incomplete {self.kind} file: a name counts to {count - 1}, and there are "
+                f"only {len(self)} tensors"
+            )
+        return count
+
+    def check_whole(self, count: int, released: int, what: str) -> None:
+        """Raises WuerstchenError where a network of the released width has fewer of something than the released one."""
+        if count < released:
+            raise WuerstchenError(
+                f"{self.archive.path}: an incomplete {self.kind} file: it has {count} of the {released} {what} that "
+                "the released network of this width has"
+            )
 
     def heads(self, width: int) -> int:
         if width % HEAD_WIDTH:
@@ -99,18 +135,19 @@ class Shapes(dict[str, Size]):
 
 def places(archive: Archive) -> dict[str, str]:
     """Kind -> prefix of every network in the file; of several of a kind the EMA, or else the one of most weights."""
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, None]] = {}  # kind -> prefixes, in their order
     for name in archive.tensors:
         for kind, signature in SIGNATURES.items():
             match = signature.search(name)
             if match and name[: match.start()][-1:] in ("", ".") and not OTHERS_TOWERS.search(name[: match.start()]):
-                found.setdefault(kind, {})[name[: match.start()]] = 0
-    for prefixes in found.values():
-        for prefix in prefixes:
-            sizes = (tensor.numel() for name, tensor in archive.tensors.items() if name.startswith(prefix))
-            prefixes[prefix] = sum(sizes)
+                found.setdefault(kind, {})[name[: match.start()]] = None
+    sizes = dict.fromkeys((prefix for prefixes in found.values() for prefix in prefixes), 0)
+    for name, tensor in archive.tensors.items():
+        for end in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
+            if name[:end] in sizes:
+                sizes[name[:end]] += tensor.numel()
     return {
-        kind: max(prefixes, key=lambda prefix: ("ema" in prefix, prefixes[prefix]))
+        kind: max(prefixes, key=lambda prefix: ("ema" in prefix, sizes[prefix]))
         for kind, prefixes in sorted(found.items())
     }
 
@@ -126,7 +163,7 @@ def part_at(archive: Archive, kind: str, prefix: str) -> Part:
     except WuerstchenError:
         raise
     except (IndexError, ValueError, ZeroDivisionError) as error:
-        raise WuerstchenError(f"{archive.path}: its tensors have not the shapes of a {kind}") from error
+        raise WuerstchenError(f"{archive.path}: its tensors do not have the shapes of a {kind}") from error
     return Part(kind, layout, prefix, config)
 
 
@@ -151,18 +188,19 @@ def _stage_a(shapes: Shapes) -> tuple[str, StageAConfig]:
 
 
 def _stage_b(shapes: Shapes) -> tuple[str, StageBConfig]:
-    levels = range(shapes.count(r"down_blocks\.(\d+)\."))
-    widths = tuple(shapes.first(rf"down_blocks\.{i}\.\d+\.depthwise\.weight")[0] for i in levels)
-    attentive = [shapes.has(rf"down_blocks\.{i}\.\d+\.kv_mapper\.1\.weight") for i in levels]
-    modules = [shapes.count(rf"down_blocks\.{i}\.(\d+)\.") - (i > 0) for i in levels]  # less the one that halves
+    levels = [shapes.within(f"down_blocks.{i}.") for i in range(shapes.count(r"down_blocks\.(\d+)\."))]
+    widths = tuple(level.first(r"\d+\.depthwise\.weight")[0] for level in levels)
+    attentive = [level.has(r"\d+\.kv_mapper\.1\.weight") for level in levels]
+    modules = [level.count(r"(\d+)\.") - (i > 0) for i, level in enumerate(levels)]  # less the one that halves
+    mapped = [shapes.within(f"effnet_mappers.{i}.") for i in range(len(levels))]
     condition_width, semantic_channels = shapes.first(r"effnet_mappers\.\d+\.weight")[:2]
     config = StageBConfig(
         latent_channels=shapes["clf.1.weight"][0] // (2 * PATCH**2),
         patch=PATCH,
         widths=widths,
-        heads=tuple(shapes.heads(width) if attends else 0 for width, attends in zip(widths, attentive)),
-        blocks=tuple(-(-count // (3 if attends else 2)) for count, attends in zip(modules, attentive)),
-        semantic=tuple(shapes.has(rf"effnet_mappers\.{i}\.(?:weight|bias)") for i in levels),
+        heads=tuple(shapes.heads(width) if attends else 0 for width, attends in zip(widths, attentive, strict=True)),
+        blocks=tuple(-(-count // (3 if attends else 2)) for count, attends in zip(modules, attentive, strict=True)),
+        semantic=tuple("weight" in mapper or "bias" in mapper for mapper in mapped),
         semantic_channels=semantic_channels,
         condition_width=condition_width,
         text_width=shapes["clip_mapper.weight"][1],
@@ -183,6 +221,8 @@ def _stage_c(shapes: Shapes) -> tuple[str, StageCConfig]:
         text_width=shapes["cond_mapper.0.weight"][1],
         time_width=shapes.first(r"blocks\.\d+\.mapper\.weight")[1],
     )
+    if width == RELEASED_C.width:
+        shapes.check_whole(config.depth, RELEASED_C.depth, "groups of blocks")
     return _attention_layout(shapes), config
 
 
@@ -197,7 +237,7 @@ def _semantic_compressor(shapes: Shapes) -> tuple[str, SemanticCompressorConfig]
             "bias), another one than Würstchen's"
         )
     last = shapes.count(r"backbone\.(\d+)\.") - 1
-    stages = tuple(_backbone_stage(shapes, i) for i in range(1, last))
+    stages = tuple(_backbone_stage(shapes.within(f"backbone.{i}."), i) for i in range(1, last))
     config = SemanticCompressorConfig(
         stem=shapes["backbone.0.0.weight"][0],
         stages=stages,
@@ -206,16 +246,18 @@ def _semantic_compressor(shapes: Shapes) -> tuple[str, SemanticCompressorConfig]
         # v1's compressor is EfficientNetV2-L, of seven stages, and its features are Stage C's space as they are.
         latent_space=LatentSpace(0.0, 1.0) if len(stages) > 6 else LatentSpace(),
     )
+    if (config.stem, config.features, len(stages)) == (RELEASED_S.stem, RELEASED_S.features, len(RELEASED_S.stages)):
+        for i, (stage, released) in enumerate(zip(stages, RELEASED_S.stages, strict=True), start=1):
+            shapes.check_whole(stage.layers, released.layers, f"layers in backbone.{i}")
     return "published", config
 
 
 def _backbone_stage(shapes: Shapes, stage: int) -> BackboneStage:
-    block = f"backbone.{stage}.0.block"
-    wide, narrow, kernel = shapes[f"{block}.0.0.weight"][:3]
+    wide, narrow, kernel = shapes["0.block.0.0.weight"][:3]
     fused = kernel == 3
-    expansion = wide // narrow if shapes.has(rf"{re.escape(block)}\.1\.0\.weight") else 1
-    projection = f"{block}.{0 if fused and expansion == 1 else 1 if fused else 3}.0.weight"
-    layers = shapes.count(rf"backbone\.{stage}\.(\d+)\.")
+    expansion = wide // narrow if "0.block.1.0.weight" in shapes else 1
+    projection = f"0.block.{0 if fused and expansion == 1 else 1 if fused else 3}.0.weight"
+    layers = shapes.count(r"(\d+)\.")
     return BackboneStage(fused, expansion, BACKBONE_STRIDES[stage - 1], shapes[projection][0], layers)
 
 
@@ -232,7 +274,9 @@ def _text_encoder(shapes: Shapes) -> tuple[str, TextEncoderConfig]:
             f"{shapes.archive.path}: a text encoder of {vocabulary} tokens; "
             f"Würstchen's are CLIP's, of {CLIP_VOCABULARY}"
         )
-    return layout, TextEncoderConfig(width, shapes.count(layers), shapes.heads(width), context_length, vocabulary)
+    config = TextEncoderConfig(width, shapes.count(layers), shapes.heads(width), context_length, vocabulary)
+    shapes.check_whole(config.layers, RELEASED_TEXT_LAYERS.get(width, 0), "layers")
+    return layout, config
 
 
 READERS = {

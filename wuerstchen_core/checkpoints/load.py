@@ -5,26 +5,28 @@ Ours are safetensors whose metadata holds the network's kind and configuration a
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from ..models.latent_space import LatentSpace
+from ..models.config import config_from
 from ..models.previewer import Previewer, PreviewerConfig
-from ..models.semantic_compressor import BackboneStage, SemanticCompressor, SemanticCompressorConfig
+from ..models.semantic_compressor import SemanticCompressor, SemanticCompressorConfig
 from ..models.stage_a import VQGAN, StageAConfig
 from ..models.stage_b import DiffNeXt, StageBConfig
 from ..models.stage_c import Prior, StageCConfig
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from ..util.atomic import replacing
-from ..util.errors import WuerstchenError
+from ..util.errors import WuerstchenError, first_line
 from ..util.finite import is_finite
 from .archive import Archive, open_archive
 from .layouts import Part, foreign, part_at, places
 from .mapping import Source, sources
+from .safetensors_file import save_file
+from .stored import json_object
 
 METADATA_KEY = "wuerstchen"
 
@@ -35,6 +37,17 @@ NETWORKS = {
     "semantic_compressor": (SemanticCompressor, SemanticCompressorConfig),
     "text_encoder": (TextEncoder, TextEncoderConfig),
     "previewer": (Previewer, PreviewerConfig),
+}
+
+
+# How many blocks a configuration asks for, of which each has tensors.
+COUNTS: dict[str, Callable[..., int]] = {
+    "stage_a": lambda config: config.bottleneck_blocks + len(config.widths),
+    "stage_b": lambda config: sum(config.blocks) + len(config.widths),
+    "stage_c": lambda config: config.depth,
+    "semantic_compressor": lambda config: sum(stage.layers for stage in config.stages) + len(config.stages),
+    "text_encoder": lambda config: config.layers,
+    "previewer": lambda config: len(config.widths),
 }
 
 
@@ -66,12 +79,13 @@ def load_stage_a(path: str | Path, device="cpu", dtype: torch.dtype | None = tor
     """Stage A from `path`, ready for inference.
 
     Every loader here takes our layout, the authors', diffusers' and, for text, open_clip's and transformers', as
-    safetensors or PyTorch file, or a folder of diffusers or transformers that holds one. `dtype` None keeps the
-    file's; `operations` is what the layers are made of (ComfyUI's convention). On the CPU, what needs no conversion
-    stays a view of the file.
+    safetensors (in several parts, too) or PyTorch file, or a folder of diffusers or transformers that holds one.
+    `dtype` None keeps the file's; `operations` is what the layers are made of (ComfyUI's convention). The network's
+    weights are its own: the file may change afterwards.
 
     Raises:
-        WuerstchenError: the file is not a whole file of this network, or its weights are not all finite in `dtype`.
+        WuerstchenError: the file is not a whole file of this network, its weights are not all finite in `dtype`, or
+            there is not enough memory for them.
     """
     return load_network("stage_a", path, device, dtype, operations=operations)
 
@@ -135,19 +149,26 @@ def load_network(
     archive = open_archive(path)
     part = _part(archive, kind)
     network = empty(archive, part, **options)
-    kept = sources(archive, part, shapes(network))
-    joined = {name: kept.pop(name) for name, source in list(kept.items()) if source and source.is_joined}
-    weights = _read(archive.reopened(), joined, device, dtype) if joined else {}
-    network.load_state_dict(weights | _read(archive, kept, device, dtype), assign=True)
+    found = sources(archive, part, shapes(network))
+    try:
+        network.load_state_dict(dict(_read(archive, found, device, dtype)), assign=True)
+    except MemoryError as error:
+        raise WuerstchenError(f"{archive.path}: there is not enough memory for it") from error
     return network.eval().requires_grad_(False)
 
 
-def _read(archive: Archive, found: Mapping[str, Source | None], device, dtype) -> dict[str, torch.Tensor]:
-    weights = {}
+def _read(archive: Archive, found: Mapping[str, Source | None], device, dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Our tensors by name. One of the file is read once, and kept until all that it is split into have been given."""
+    left = Counter(name for source in found.values() if source for name in source.names)
+    held: dict[str, torch.Tensor] = {}
     for name, source in found.items():
-        tensor = torch.tensor(0) if source is None else source.read(archive)
-        weights[name] = _place(archive, name, tensor, device, dtype)
-    return weights
+        given = []
+        for theirs in source.names if source else ():
+            if theirs not in held:
+                held[theirs] = archive.read(theirs)
+            left[theirs] -= 1
+            given.append(held[theirs] if left[theirs] else held.pop(theirs))
+        yield name, _place(archive, name, source.of(given) if source else torch.tensor(0), device, dtype)
 
 
 def _part(archive: Archive, kind: str) -> Part:
@@ -160,11 +181,11 @@ def _part(archive: Archive, kind: str) -> Part:
         if kind in found:
             return part_at(archive, kind, found[kind])
     if not found:
-        raise WuerstchenError(f"{archive.path}: this is {_unknown(archive)}; here goes a {kind} file")
+        raise WuerstchenError(f"{archive.path}: this is {_unknown(archive)}; expected a {kind} file")
     beside = foreign(archive, tuple(found.values()))
     what = f"a {' and '.join(found)} file" + (f", with {beside}" if beside else "")
     loaders = " and ".join(f"load_{other}" for other in found) + (" takes" if len(found) == 1 else " take")
-    raise WuerstchenError(f"{archive.path}: this is {what}; {loaders} it, here goes a {kind} file")
+    raise WuerstchenError(f"{archive.path}: this is {what}; {loaders} it, expected a {kind} file")
 
 
 def _unknown(archive: Archive) -> str:
@@ -173,12 +194,24 @@ def _unknown(archive: Archive) -> str:
 
 
 def empty(archive: Archive, part: Part, network: type[nn.Module] | None = None, **options) -> nn.Module:
-    """The network of a part, an instance of `network` or else of its kind's class, without memory for its weights."""
+    """The network of a part, an instance of `network` or else of its kind's class, without memory for its weights.
+
+    Raises WuerstchenError where there is no such network.
+    """
+    _check_count(archive, COUNTS[part.kind](part.config))
     try:
         with torch.device("meta"):
             return (network or NETWORKS[part.kind][0])(part.config, **options)
-    except (TypeError, ValueError, RuntimeError, IndexError, ArithmeticError) as error:
+    except WuerstchenError as error:
         raise WuerstchenError(f"{archive.path}: there is no {part.kind} of its configuration: {error}") from error
+
+
+def _check_count(archive: Archive, count: int) -> None:
+    """Every block has tensors: no more are built than there can be."""
+    if count > len(archive.tensors):
+        raise WuerstchenError(
+            f"{archive.path}: its configuration has {count} blocks, and there are only {len(archive.tensors)} tensors"
+        )
 
 
 def shapes(network: nn.Module) -> dict[str, torch.Size]:
@@ -191,42 +224,38 @@ def _own_parts(archive: Archive) -> dict[str, Part]:
         headers = {"": archive.metadata[METADATA_KEY]}
     else:
         headers = {
-            name.removesuffix(METADATA_KEY): bytes(tensor.tolist())
+            name.removesuffix(METADATA_KEY): bytes(tensor.tolist()).decode(errors="replace")
             for name, tensor in archive.tensors.items()
-            if name.split(".")[-1] == METADATA_KEY and tensor.dtype == torch.uint8
+            if name.split(".")[-1] == METADATA_KEY and tensor.dtype == torch.uint8 and tensor.dim() == 1
         }
     found = (_own_part(archive, header, prefix) for prefix, header in headers.items())
     return {part.kind: part for part in found}
 
 
-def _own_part(archive: Archive, header: str | bytes, prefix: str) -> Part:
+def _own_part(archive: Archive, text: str, prefix: str) -> Part:
+    where = f"{archive.path}: {METADATA_KEY!r} in its metadata"
+    header = json_object(where, text)
+    kind = header.get("network")
+    if not isinstance(kind, str) or kind not in NETWORKS or "config" not in header:
+        raise WuerstchenError(f"{where} is not as we write it")
+    values = header["config"].values() if isinstance(header["config"], dict) else ()
+    _check_count(archive, max((len(value) for value in values if isinstance(value, list)), default=0))
     try:
-        header = json.loads(header)
-        kind, values = header["network"], header["config"]
-        config_cls = NETWORKS[kind][1]
-    except (KeyError, TypeError, ValueError) as error:
-        raise WuerstchenError(f"{archive.path}: {METADATA_KEY!r} in its metadata is not as we write it") from error
-    try:
-        config = config_cls(**{name: _FIELD_READERS.get(name, _hashable)(value) for name, value in values.items()})
-    except (AttributeError, TypeError) as error:
+        config = config_from(NETWORKS[kind][1], header["config"])
+    except WuerstchenError as error:
         raise WuerstchenError(f"{archive.path}: its configuration is not one of a {kind}: {error}") from error
     return Part(kind, "ours", prefix, config)
-
-
-def _hashable(value):
-    return tuple(value) if isinstance(value, list) else value
-
-
-_FIELD_READERS = {
-    "latent_space": lambda value: LatentSpace(**value),
-    "stages": lambda value: tuple(BackboneStage(*stage) for stage in value),
-}
 
 
 def _place(archive: Archive, name: str, tensor: torch.Tensor, device, dtype: torch.dtype | None) -> torch.Tensor:
     if not tensor.is_floating_point():
         return tensor.to(device)
-    placed = tensor.to(device, dtype)
+    try:
+        placed = tensor.to(device, dtype)
+    except RuntimeError as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):  # a host makes room and tries again
+            raise
+        raise WuerstchenError(f"{archive.path}: {name} could not be put into memory: {first_line(error)}") from error
     if not is_finite(placed):
         if is_finite(tensor):
             half = str(dtype).removeprefix("torch.")

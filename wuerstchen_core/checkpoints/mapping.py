@@ -1,14 +1,14 @@
-"""The tensors of a file under our names: renamed, split and joined, each as a view of the file where it can be."""
+"""The tensors of a file under our names: renamed, split and joined."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..util.errors import WuerstchenError
-from .archive import Archive
+from .archive import Archive, odd
 from .layouts import Part
 
 
@@ -19,13 +19,9 @@ class Source(NamedTuple):
     shape: tuple[int, ...]
     index: tuple[slice, ...] | None = None
 
-    @property
-    def is_joined(self) -> bool:
-        return len(self.names) > 1
-
-    def read(self, archive: Archive) -> Tensor:
-        tensors = [archive.tensors[name] for name in self.names]
-        tensor = torch.cat(tensors) if self.is_joined else tensors[0]
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Our tensor, from those of the names."""
+        tensor = torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
         return tensor if self.index is None else tensor[self.index]
 
 
@@ -33,15 +29,22 @@ def sources(archive: Archive, part: Part, shapes: Mapping[str, torch.Size]) -> d
     """The source of each of our tensors, whose `shapes` are given by name; None for a BatchNorm's counter that is
     missing, which nothing reads.
 
-    Raises WuerstchenError for the first tensor that is missing or misshapen, or that the network has no place for.
+    Raises WuerstchenError for the first tensor that is missing, misshapen or not of floating-point numbers, or that the
+    network has no place for.
     """
+    scaled = next((name for name in archive.tensors if name.startswith(part.prefix) and SCALED.search(name)), None)
+    if scaled is not None:
+        raise WuerstchenError(
+            f"{archive.path}: its weights are scaled 8-bit numbers ({scaled}, as ComfyUI writes fp8_scaled), which are "
+            "not supported: take the file in float16, bfloat16 or float32"
+        )
     rename = RENAMES.get((part.kind, part.layout), _same)
     found = {}
     for name, shape in shapes.items():
         names, shape, index = rename(name, shapes)
         source = Source(tuple(part.prefix + name for name in names), shape, index)
         missing = [name for name in source.names if name not in archive.tensors]
-        if missing and name.endswith("num_batches_tracked"):
+        if name.endswith("num_batches_tracked") and (missing or archive.tensors[source.names[0]].dtype != torch.int64):
             found[name] = None
             continue
         if missing:
@@ -52,9 +55,25 @@ def sources(archive: Archive, part: Part, shapes: Mapping[str, torch.Size]) -> d
                     f"{archive.path}: {given} of this {part.kind} file has the shape "
                     f"{_text(archive.tensors[given].shape)} where {_text(shape)} was expected"
                 )
+            flaw = odd(archive.tensors[given]) or _no_float(archive.tensors[given])
+            if flaw and not name.endswith("num_batches_tracked"):
+                raise WuerstchenError(f"{archive.path}: {given} of this {part.kind} file is {flaw}, not plain weights")
         found[name] = source
     _refuse_more(archive, part, found)
+    _refuse_repeated(archive, found)
     return found
+
+
+def _no_float(tensor: Tensor) -> str | None:
+    return None if tensor.dtype in FLOATS else f"of {str(tensor.dtype).removeprefix('torch.')} numbers"
+
+
+def _refuse_repeated(archive: Archive, found: Mapping[str, Source | None]) -> None:
+    """A file may give the same bytes to many tensors; a network is not larger than its file."""
+    used = {name for source in found.values() if source for name in source.names}
+    total = sum(archive.tensors[name].nbytes for name in used)
+    if archive.stored and total > archive.size:
+        raise WuerstchenError(f"{archive.path}: damaged: {total:,} bytes of weights in a file of {archive.size:,}")
 
 
 def _refuse_more(archive: Archive, part: Part, found: Mapping[str, Source | None]) -> None:
@@ -68,6 +87,18 @@ def _refuse_more(archive: Archive, part: Part, found: Mapping[str, Source | None
 
 # Buffers that older versions wrote beside the weights; a codebook's training statistics.
 IGNORED = re.compile(r"position_ids$|num_batches_tracked$|vquantizer\.ema_|attn_mask$")
+
+
+# What ComfyUI keeps beside 8-bit weights.
+SCALED = re.compile(r"(?:\.scale_weight|\.weight_scale|\.comfy_quant|(?:^|\.)scaled_fp8)$")
+FLOATS = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+}
 
 
 def _text(shape) -> str:

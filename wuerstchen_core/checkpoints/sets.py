@@ -6,6 +6,7 @@ from pathlib import Path
 from ..util.errors import WuerstchenError
 from .archive import open_archive
 from .load import parts
+from .stored import is_there
 
 MINI = Path(__file__).parents[1] / "mini" / "weights"  # the set in the repository
 LINEAR_PREVIEW = MINI / "linear_preview.safetensors"  # a colour for each position; fitted to the mini
@@ -30,14 +31,14 @@ def find_set(folder: str | Path, given: Mapping[str, Path] | None = None) -> dic
     There is no "previewer" where the folder has none. Where it has no text encoder for Stage B, that is Stage C's if
     its states have the width that Stage B reads, and else there is no "text_encoder_b".
 
-    Raises WuerstchenError naming those that are missing.
+    Raises WuerstchenError naming those that are missing, or where the folder cannot be searched.
     """
     given = given or {}
     paths = {role: Path(folder) / name for role, name in SET.items()}
-    missing = [path.name for role, path in paths.items() if role not in OPTIONAL and not path.exists()]
+    missing = [path.name for role, path in paths.items() if role not in OPTIONAL and not is_there(path)]
     if missing:
         raise WuerstchenError(f"{folder}: not a whole set of weights, {', '.join(missing)} missing")
-    paths = {role: path for role, path in paths.items() if role not in OPTIONAL or path.exists()} | given
+    paths = {role: path for role, path in paths.items() if role not in OPTIONAL or is_there(path)} | given
     if "text_encoder_b" not in paths and _fits_stage_b(paths["text_encoder_c"], paths["stage_b"]):
         paths["text_encoder_b"] = paths["text_encoder_c"]
     return paths

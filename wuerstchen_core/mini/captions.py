@@ -20,7 +20,7 @@ def keyword_caption(keywords: tuple[str, ...], style: str) -> str:
 
 
 def caption(description: Description, generator: random.Random) -> str:
-    """A caption in one of many wordings: sometimes without the style, always with whatever is not plain."""
+    """A caption in one of many wordings, sometimes without the style, always with everything that is not plain."""
     d = description
     chance = generator.random()
     keywords = [k for k in d.keywords if k not in AMBIGUOUS]
@@ -58,7 +58,7 @@ def caption(description: Description, generator: random.Random) -> str:
     if d.place:
         tail.append(generator.choice((" {}", ", {}")).format(d.place))
 
-    # Phrases without a comma come first, where they belong to the subject and not to what another comma set apart.
+    # Phrases without a comma come first, so that they belong to the subject and not to another phrase.
     generator.shuffle(tail)
     tail.sort(key=lambda phrase: phrase.startswith(","))
     text = subject + "".join(tail)
@@ -67,7 +67,7 @@ def caption(description: Description, generator: random.Random) -> str:
 
 
 def with_article(words: str) -> str:
-    """The words after "a" or "an", or as they are where they look like a plural."""
+    """The words after "a" or "an", or unchanged if they look like a plural."""
     if words.endswith("s") and not words.endswith(("ss", "us")):
         return words
     vowel = words.startswith((*"aeiou", "hour")) and not words.startswith(("uni", "ewe", "euro", "one"))

@@ -118,9 +118,9 @@ class Description:
 
 
 class EmojiSet:
-    """The data set that `build` wrote, as `len(emoji)` emoji to draw pictures of.
+    """The data set that `build` wrote: `len(emoji)` emoji to draw pictures of.
 
-    Raises `WuerstchenError` where `folder` holds no such data set.
+    Raises `WuerstchenError` if `folder` holds no such data set.
     """
 
     def __init__(self, folder: str | Path):
@@ -192,7 +192,7 @@ class EmojiSet:
         if coloured:
             background = generator.choice(list(COLOURS))
             jitter = [generator.uniform(-COLOUR_JITTER, COLOUR_JITTER) for _ in range(3)]
-            colour = tuple(min(max(c + j, 0.0), 1.0) for c, j in zip(COLOURS[background], jitter))
+            colour = tuple(min(max(c + j, 0.0), 1.0) for c, j in zip(COLOURS[background], jitter, strict=True))
         if resized:
             size = generator.choice(list(SIZES))
             scale = generator.uniform(*SIZES[size])
@@ -211,16 +211,19 @@ def build(folder: str | Path, size: int = 256, progress: Callable[[int, int], No
     {"sources": [{"package", "version", "license"}], "emoji": [{"name", "keywords", "style", "emoji"}]}.
     `progress` is called with the number of pictures drawn and of all. The folder appears when it is complete.
 
-    Raises `WuerstchenError` where the folder is in use, npm or resvg_py is missing, the packages cannot be
+    Raises `WuerstchenError` if the folder is in use, npm or resvg_py is missing, the packages cannot be
     installed, or an emoji cannot be drawn.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise WuerstchenError(f"{folder} exists already")
+        raise WuerstchenError(f"{folder} exists already: name a new or an empty folder")
     try:
         import resvg_py  # noqa: F401
     except ImportError as error:
-        raise WuerstchenError("drawing emoji needs resvg_py: pip install resvg-py") from error
+        reason = " ".join(str(error).split())[:200]
+        raise WuerstchenError(
+            f"drawing emoji needs resvg_py, which could not be imported ({reason}): pip install resvg-py"
+        ) from error
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -237,7 +240,7 @@ def install(folder: Path) -> None:
     """Install `PACKAGES` into `folder`/node_modules with npm. Raises `WuerstchenError`."""
     npm = shutil.which("npm")
     if npm is None:
-        raise WuerstchenError("building the emoji data set needs npm, which comes with Node.js")
+        raise WuerstchenError("building the emoji data set needs npm: install Node.js, which brings it")
     names = [f"{name}@{version}" for name, version in PACKAGES.items()]
     options = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
     done = subprocess.run([npm, "install", "--prefix", folder, *options, *names], capture_output=True, text=True)
@@ -301,7 +304,7 @@ def words(label: str) -> str:
 
 
 def icon_svg(icons: dict, name: str) -> str | None:
-    """The icon `name` of an Iconify pack as an SVG document, or `None` where the pack has none.
+    """The icon `name` of an Iconify pack as an SVG document, or `None` if the pack has none.
 
     Source: https://iconify.design/docs/types/iconify-json.html
     """

@@ -1,4 +1,4 @@
-"""The embedded model's figures: is a picture the same after a round trip, and is what was asked for drawn?"""
+"""The embedded model's figures: how well pictures survive a round trip, and whether prompts are followed."""
 
 import random
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ KEYWORDS = 2  # that an emoji must have to be prompted by its keywords
 
 
 def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int) -> Iterator[str]:
-    """The figures, a line each, on `count` pictures or prompts.
+    """The figures on `count` pictures or prompts, one per line.
 
     The pictures of the round trips are drawn with placements and colours that training did not see. Prompts are the
     plain ones, "<name>, <style> style"; a picture counts when, of all plain pictures of the style, that of the
     prompted emoji is the nearest by the cosine similarity of 64x64 pixels, or as near as the nearest: a few emoji of a
-    style have the same picture. The same is told of prompts of all the keywords in place of the name, for emoji that
+    style have the same picture. The same is measured with all keywords in place of the name, for emoji that
     have at least two. With a colour in the prompt, "<name>, <style> style, on a <colour> background", a picture counts
-    when the median of its outermost pixels is nearer to that colour than to the others and to white.
+    when the median of its outermost pixels is nearer to that colour than to all others and to white.
     """
     if not 1 <= count <= len(emoji):
         raise WuerstchenError(f"count is {count}: it must be from 1 to {len(emoji)}, the emoji of the data set")
@@ -46,11 +46,11 @@ def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int) -> Iterator[str]:
 
     def nearest(prompted: list[int], captions: list[str], name: str) -> list[bool]:
         images = _draw(model, captions, emoji.size, name)
-        return [_is_nearest(image, i, emoji, references) for i, image in zip(prompted, images)]
+        return [_is_nearest(image, i, emoji, references) for i, image in zip(prompted, images, strict=True)]
 
     hits = nearest(prompted, names, "text to picture")
     for style in dict.fromkeys(emoji.entries[i]["style"] for i in prompted):
-        own = [hit for i, hit in zip(prompted, hits) if emoji.entries[i]["style"] == style]
+        own = [hit for i, hit in zip(prompted, hits, strict=True) if emoji.entries[i]["style"] == style]
         yield f"text to picture, {style}: {sum(own)} of {len(own)} nearest to the prompted emoji"
     yield f"text to picture: top-1 {sum(hits) / count:.1%} of {count} prompts"
 
@@ -61,9 +61,9 @@ def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int) -> Iterator[str]:
     yield f"keywords to picture: top-1 {sum(hits) / len(hits):.1%} of {len(hits)} prompts"
 
     colours = [generator.choice(list(COLOURS)) for _ in names]
-    coloured = [f"{name}, on {with_article(colour)} background" for name, colour in zip(names, colours)]
+    coloured = [f"{name}, on {with_article(colour)} background" for name, colour in zip(names, colours, strict=True)]
     seen = [_background(image) for image in _draw(model, coloured, emoji.size, "backgrounds")]
-    hits = [there == asked for there, asked in zip(seen, colours)]
+    hits = [there == asked for there, asked in zip(seen, colours, strict=True)]
     yield f"background: {sum(hits) / count:.1%} of {count} pictures are on the colour that was asked for"
 
 
@@ -93,7 +93,7 @@ def _psnr(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def _draw(model: Wuerstchen, captions: list[str], side: int, name: str) -> Iterator[Tensor]:
-    """A picture (side, side, 3) of each caption, at the default settings."""
+    """A picture (side, side, 3) for each caption, at the default settings."""
     geometry = Geometry(side, side)
     empty = model.text_encoder_c([""])
     for start in tqdm(range(0, len(captions), BATCH), desc=name, leave=False):
@@ -112,7 +112,7 @@ def _is_nearest(image: Tensor, i: int, emoji: EmojiSet, references: Tensor) -> b
 
 
 def _background(image: Tensor) -> str:
-    """The name of the colour that the edges of an image (H, W, 3) have."""
+    """The name of the colour at the edges of an image (H, W, 3)."""
     inside = torch.zeros(image.shape[:2], dtype=torch.bool)
     inside[EDGE:-EDGE, EDGE:-EDGE] = True
     colour = image[~inside].median(dim=0).values

@@ -13,7 +13,7 @@ from .emoji import EmojiSet
 
 @torch.no_grad()
 def linear_preview(emoji: EmojiSet, compressor: SemanticCompressor, count: int = 2000, seed: int = 0) -> Previewer:
-    """The linear previewer for a compressor, fitted to `count` pictures of emoji, always the same ones of a seed."""
+    """The linear previewer for a compressor, fitted to `count` pictures of emoji, the same ones for each seed."""
     generator = random.Random(seed)
     latents, pictures = [], []
     for _ in range(count):

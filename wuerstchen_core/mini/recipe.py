@@ -1,9 +1,9 @@
 """The embedded model's recipe: six networks, one after another, each from the ones before it.
 
-Stage A learns pictures. The semantic compressor learns to keep what a small decoder needs to draw the picture again
-(its published sibling starts from ImageNet weights instead). Their features of a fixed set of pictures are computed
-once. The text encoder learns which caption belongs to which semantic latent. Stages B and C learn diffusion on the
-features, and the previewer to draw small pictures from them.
+Stage A learns to reconstruct pictures. The semantic compressor learns to keep what a small decoder needs to draw the
+picture again (the published one starts from ImageNet weights instead). Their features of a fixed set of pictures are
+computed once. The text encoder learns which caption belongs to which semantic latent. Stages B and C learn diffusion on
+the features, and the previewer learns to draw small pictures from them.
 """
 
 import dataclasses
@@ -64,16 +64,17 @@ STAGE_B = StageBConfig(
     blocks=(1, 2, 2, 1),
     condition_width=96,
     text_width=192,
+    dropout=0.0,
     latent_space=LATENT_SPACE,
     text_absent=True,
 )
-STAGE_C = StageCConfig(width=256, depth=4, heads=4, text_width=192)
+STAGE_C = StageCConfig(width=256, depth=4, heads=4, text_width=192, dropout=0.0)
 PREVIEWER = PreviewerConfig(widths=(64, 48, 32, 24))
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan(run.Plan):
-    """With the defaults of small networks that learn for minutes."""
+    """The options of a run, with defaults for small networks that are trained for minutes."""
 
     batch: int = 16
     warm_up: int = 200
@@ -96,7 +97,7 @@ PLANS = {
 # What the text encoder learns by heart.
 MEMORY_PLAN = Plan(steps=24000, batch=512, learning_rate=5e-3, cool_down=0.6, save_every=1000)
 
-# Of how many pictures of each emoji the features are kept, the plain one first.
+# How many pictures of each emoji have their features kept, the plain one first.
 VARIANTS = {"semantic_compressor": 5, "stage_a": 2}
 PATCH = 16  # pixels of a small picture to a position of Stage C's latent: the compressor learns on 96x96
 CROP = 64  # Stage A learns from crops of this side
@@ -112,26 +113,27 @@ SHARPNESS = 40.0  # by how much the end token's key then stands out
 BROUGHT = 150.0  # how much of the end token's state, whose channels have unit variance, is brought to the others
 LIFT = 10.0  # where GELU is the identity, and its negative where it is zero
 TELLING = 1500.0  # length of what a unit adds to a state
-TOLD = 12  # positions of the latent that a caption must tell in a step of the text encoder
+PREDICTED = 12  # positions of the latent that are predicted from each caption in a step of the text encoder
 CAPTIONS = (0,) * 3 + (1, 2, 3, 4)  # which of an emoji's pictures the captions are about whose states are kept
 REHEARSED = (0,) * 40 + (1, 2, 3, 4) * 8  # the same of the captions that are learned by heart
 FITTED = 2000  # pictures that the linear previewer is fitted to
 HIGH_NOISE, P2_K = 0.6, 0.03  # Stages B and C learn most at high noise: its share of the times, P2 weighting's k
+LARGEST_ERROR = 20.0  # of a sample in Stages B and C: with errors beyond it one would undo what many have taught
 REPEATS = 2  # Stage C sees each caption of a batch at this many noise levels
 
 
 def train_mini(data: str | Path, work: str | Path, only: str | None = None, steps: int | None = None) -> None:
     """Train the mini's networks, or `only` one of them, on the emoji of `data`; weights and checkpoints go to `work`.
 
-    What is in `work` already is not trained again; an interrupted run goes on where it was saved.
+    Networks whose weights are in `work` already are not trained again; an interrupted run resumes from its checkpoint.
 
     Raises:
-        WuerstchenError: there is no data set in `data`, `only` is none of the networks, or steps is below 1.
+        WuerstchenError: there is no data set in `data`, `only` is not one of the networks, or steps is below 1.
     """
     if only not in (None, *PLANS):
-        raise WuerstchenError(f"the mini has no network {only!r}: take one of {', '.join(PLANS)}")
+        raise WuerstchenError(f"the mini has no network {only!r}: choose one of {', '.join(PLANS)}")
     if steps is not None and steps < 1:
-        raise WuerstchenError(f"steps is {steps}: at least 1 is needed")
+        raise WuerstchenError(f"steps is {steps}: it must be at least 1")
     emoji, work = EmojiSet(data), Path(work)
     work.mkdir(parents=True, exist_ok=True)
     for name in (only,) if only else PLANS:
@@ -148,7 +150,8 @@ def train(network: nn.Module, loss: Callable[[random.Random], Tensor], plan: Pla
     """
     recipe = Recipe(network, loss)
     run.train(recipe, plan, folder, lambda first, rank, world: repeat({"key": [""] * plan.batch}))
-    recipe.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["averaged"], strict=False)
+    kept = "averaged" if plan.steps >= plan.ema_every else "weights"  # there was no average yet
+    recipe.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)[kept], strict=False)
     recipe.eval()
 
 
@@ -216,7 +219,7 @@ class PictureDecoder(nn.Module):
     def __init__(self, patches: "PatchComponents", widths: tuple[int, ...] = (256, 128, 64)):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(16, widths[0], 1)]
-        for width, narrower in zip(widths, (*widths[1:], None)):
+        for width, narrower in zip(widths, (*widths[1:], None), strict=True):
             layers.append(ResBlock(width))
             if narrower:
                 layers += [LayerNorm2d(), nn.ConvTranspose2d(width, narrower, 2, stride=2)]
@@ -398,7 +401,7 @@ def keep_mark(blocks: Iterable[nn.Module]) -> None:
 def learn_to_read(reader: TextEncoder, seen: Features, plan: Plan, folder: Path) -> None:
     """CLIP's contrastive learning, of captions and the semantic latents of the pictures they describe.
 
-    Each of the last states must also tell its position of the latent, as well as it can.
+    Each of the last states must also predict its position of the latent.
     """
     width = TEXT_ENCODER.width
     channels, *area = seen.semantic.shape[2:]
@@ -415,14 +418,14 @@ def learn_to_read(reader: TextEncoder, seen: Features, plan: Plan, folder: Path)
     def loss(generator: random.Random) -> Tensor:
         mark_ends(reader)
         drawn = seen.draw(plan.batch, generator, plain=PLAIN)
-        positions = generator.sample(range(math.prod(GEOMETRY.stage_c)), TOLD)
-        ends, told = _read(reader, seen.captions(drawn, generator), positions)
+        positions = generator.sample(range(math.prod(GEOMETRY.stage_c)), PREDICTED)
+        ends, states = _read(reader, seen.captions(drawn, generator), positions)
         latents = _stack(seen.semantic, drawn)
         index = torch.tensor(drawn)
         same = (index[:, None] == index[None]).all(dim=2)
         pictures = networks["picture"](latents.flatten(1))
         contrast = contrastive_loss(networks["text"](ends), pictures, networks.scale.exp(), same)
-        return contrast + 8 * F.mse_loss(networks["latent"](told), latents.flatten(2)[:, :, positions].mT)
+        return contrast + 8 * F.mse_loss(networks["latent"](states), latents.flatten(2)[:, :, positions].mT)
 
     train(networks, loss, plan, folder)
     mark_ends(reader)
@@ -431,8 +434,8 @@ def learn_to_read(reader: TextEncoder, seen: Features, plan: Plan, folder: Path)
 def remember(encoder: TextEncoder, reader: TextEncoder, seen: Features, folder: Path) -> None:
     """Which name stands for which picture is a table to be learned by heart.
 
-    Blocks without attention learn to tell the whole latent from the end token's state alone: a sample costs a
-    thousandth of what it costs in Stage C.
+    Blocks without attention learn to predict the whole latent from the end token's state alone, which costs a
+    thousandth of a sample in Stage C.
     """
     blocks = encoder.tower.transformer.resblocks[READING : READING + REMEMBERING]
     for block in blocks:
@@ -453,7 +456,7 @@ def remember(encoder: TextEncoder, reader: TextEncoder, seen: Features, folder: 
 
 @torch.no_grad()
 def place(encoder: TextEncoder, seen: Features) -> None:
-    """What the end token's state tells of the whole latent is brought to the last states, a position to each.
+    """Moves the latent that the end token's state holds to the last states, one position to each.
 
     Least squares puts the last block there, since gradient descent takes long to find it: attention brings the state
     that is marked to all padding, and the MLP is a linear map for every position, switched on by the code that the
@@ -503,8 +506,8 @@ def _switch_on(mlp: nn.Module, states: Tensor, missing: Tensor, directions: Tens
     """Sets an MLP to add what is `missing` (N, seats, channels), each channel in its direction (channels, width), by a
     linear map a seat of the states (N, seats, width).
 
-    A hidden unit belongs to a seat and a channel. At its own seat it is lifted by LIFT to where GELU is the identity;
-    at all others it is lowered to where GELU is zero. A unit more to a seat, which is lifted only, takes LIFT off.
+    A hidden unit belongs to a seat and a channel. At its own seat it is raised by LIFT to where GELU is the identity;
+    at all others it is lowered to where GELU is zero. One more unit per seat, only raised, subtracts LIFT again.
     """
     count, seats, width = states.shape
     channels = missing.shape[2]
@@ -596,7 +599,9 @@ def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         if generator.random() < 0.5:
             text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
         t = training_times(len(drawn), HIGH_NOISE)
-        return diffusion_loss(lambda x, t: stage_b(x, t, semantic, text), _stack(seen.stage_a, drawn), P2_K, t)
+        return diffusion_loss(
+            lambda x, t: stage_b(x, t, semantic, text), _stack(seen.stage_a, drawn), P2_K, t, None, LARGEST_ERROR
+        )
 
     train(stage_b, loss, plan, work / "stage_b")
     save(stage_b, work / "stage_b.safetensors", torch.float16)
@@ -614,7 +619,7 @@ def train_stage_c(emoji: EmojiSet, work: Path, plan: Plan) -> None:
         drawn = seen.draw(plan.batch, generator, plain=PLAIN)
         text = _drop(_stack(states, _captioned(drawn, generator)), nothing, generator)
         t = training_times(len(drawn) * REPEATS, HIGH_NOISE)
-        return noise_loss(stage_c, _stack(seen.semantic, drawn), text, REPEATS, P2_K, t)
+        return noise_loss(stage_c, _stack(seen.semantic, drawn), text, REPEATS, P2_K, t, None, LARGEST_ERROR)
 
     train(stage_c, loss, plan, work / "stage_c")
     save(stage_c, work / "stage_c.safetensors", torch.float16)

@@ -1,4 +1,4 @@
-"""The emoji as a source of training's data."""
+"""The emoji as a `Source` of training data."""
 
 import random
 from pathlib import Path
@@ -10,9 +10,9 @@ from .emoji import EmojiSet
 
 
 class EmojiSource:
-    """The emoji of a data set that `wuerstchen data emoji` wrote: every time another arrangement and wording.
+    """The emoji of a data set that `wuerstchen data emoji` wrote, arranged and described differently each time.
 
-    Raises WuerstchenError where the folder holds no such data set.
+    Raises WuerstchenError if the folder holds no such data set.
     """
 
     def __init__(self, folder: str | Path):
@@ -20,7 +20,7 @@ class EmojiSource:
         self.emoji = EmojiSet(folder)
 
     def __reduce__(self):
-        """Sent to another process as the name of the folder: its pictures stay a view of the file."""
+        """Only the folder's name is sent to another process, where the pictures are again a view of the file."""
         return EmojiSource, (self.folder,)
 
     def __len__(self) -> int:
@@ -39,5 +39,5 @@ class EmojiSource:
 
 
 def emoji_source(data: str) -> EmojiSource | None:
-    """The source of a data set that `wuerstchen data emoji` wrote, known by its file emoji.json; else None."""
+    """The source of a data set that `wuerstchen data emoji` wrote, recognised by its emoji.json, or None."""
     return EmojiSource(data) if (Path(data) / "emoji.json").is_file() else None

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .config import require
+
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """(N,) times in [0, 1] -> (N, width): sines, then cosines, of t * 10000 at geometric frequencies, in float32."""
@@ -21,6 +23,17 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
     angles = t.float()[:, None] * 10000 * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raises WuerstchenError unless attention of this width can have so many heads."""
+    require(width % heads == 0, f"heads are {heads}: they must divide the width, {width}")
+
+
+def check_time(width: int, dropout: float) -> None:
+    """Raises WuerstchenError unless times can be embedded in this width, and the dropout is a share."""
+    require(width >= 4 and width % 2 == 0, f"time_width is {width}: it must be even, and at least 4")
+    require(0 <= dropout < 1, f"dropout is {dropout}: it must be from 0 to below 1")
 
 
 class LayerNorm2d(nn.Module):
@@ -93,11 +106,14 @@ class TimestepBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with biases everywhere; the four projections carry diffusers' names."""
+    """Multi-head attention with biases everywhere; the four projections carry diffusers' names.
 
-    def __init__(self, channels: int, heads: int, operations=nn):
+    In training mode each attention weight is dropped with probability `dropout`.
+    """
+
+    def __init__(self, channels: int, heads: int, dropout: float = 0.0, operations=nn):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.to_q = operations.Linear(channels, channels)
         self.to_k = operations.Linear(channels, channels)
         self.to_v = operations.Linear(channels, channels)
@@ -114,9 +130,10 @@ class Attention(nn.Module):
         if context is not None:
             keys, values = (
                 torch.cat([own, given.expand(own.shape[0], -1, -1, -1)], dim=2)
-                for own, given in zip((keys, values), context)
+                for own, given in zip((keys, values), context, strict=True)
             )
-        attended = F.scaled_dot_product_attention(query, keys, values)
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout)
         return self.to_out[0](rearrange(attended, "b heads n c -> b n (heads c)"))
 
     def _split(self, tokens: Tensor) -> Tensor:
@@ -126,10 +143,10 @@ class Attention(nn.Module):
 class AttnBlock(nn.Module):
     """Attention from the latent's positions to themselves and to the text."""
 
-    def __init__(self, channels: int, text_width: int, heads: int, operations=nn):
+    def __init__(self, channels: int, text_width: int, heads: int, dropout: float = 0.0, operations=nn):
         super().__init__()
         self.norm = LayerNorm2d()
-        self.attention = Attention(channels, heads, operations)
+        self.attention = Attention(channels, heads, dropout, operations)
         self.kv_mapper = nn.Sequential(nn.SiLU(), operations.Linear(text_width, channels))
 
     def condition(self, text: Tensor) -> tuple[Tensor, Tensor]:

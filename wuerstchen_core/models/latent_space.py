@@ -2,6 +2,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .config import require
+
 
 @dataclass(frozen=True)
 class LatentSpace:
@@ -9,6 +11,10 @@ class LatentSpace:
 
     shift: float = 1.0
     scale: float = 42.0
+
+    def check(self) -> None:
+        """Raises WuerstchenError unless there is a way back from this space."""
+        require(self.scale > 0, f"latent_space has scale {self.scale}: it must be above 0")
 
     def from_features(self, features: Tensor) -> Tensor:
         return (features + self.shift) / self.scale

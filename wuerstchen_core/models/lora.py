@@ -12,17 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from ..util.errors import WuerstchenError
+from ..util.finite import is_finite
 from .stage_c import Prior
 
-# What can be changed: Stage C's Linears and 1x1 convolutions.
+# What can be changed: Stage C's Linears and 1x1 convolutions …
 MODULES = re.compile(
     r"projection|cond_mapper\.[02]|out\.1"
     r"|blocks\.\d+\.(?:channelwise\.[04]|mapper|kv_mapper\.1|attention\.to_(?:q|k|v|out\.0))"
 )
 
 
+# … and its depthwise 3x3 convolutions, which OneTrainer's LoRAs change.
+DEPTHWISE = re.compile(r"blocks\.\d+\.depthwise")
+
+
 class Change(NamedTuple):
-    """The change of one weight: scale * up @ down."""
+    """The change of one weight: scale * up @ down, in the weight's shape.
+
+    That of a depthwise convolution, (C, 1, 3, 3), is a matrix of (C, 9), or of (1, 9 C) as OneTrainer has it.
+    """
 
     down: Tensor  # (rank, in)
     up: Tensor  # (out, rank)
@@ -37,6 +45,10 @@ class Change(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.up.shape[0], self.down.shape[1]
 
+    def fits(self, weight: Tensor) -> bool:
+        depthwise = weight.dim() == 4 and weight.shape[1] == 1 and self.shape == (1, weight.numel())
+        return depthwise or self.shape == (weight.shape[0], weight[0].numel())
+
     def delta(self, device) -> Tensor:
         """(out, in) in float32"""
         return self.up.to(device, torch.float32) @ self.down.to(device, torch.float32) * self.scale
@@ -44,22 +56,24 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LoRA:
-    """Changes of a Stage C's weights, by the names of its modules."""
+    """Changes of a Stage C's weights, by the names of its modules; and the names of what its file holds for others."""
 
     path: Path
     changes: dict[str, Change] = field(repr=False)
+    left_out: list[str] = field(default_factory=list, repr=False)
 
     def check(self, network: Prior) -> None:
         """Raises WuerstchenError, naming the first module, where the changes are not of a network like this one."""
         for name, change in self.changes.items():
             try:
-                shape = tuple(network.get_submodule(name).weight.shape[:2])
+                weight = network.get_submodule(name).weight
             except AttributeError as error:
                 raise WuerstchenError(
                     f"{self.path}: a LoRA of another Stage C: it changes {name}, which this one, of depth "
                     f"{network.config.depth}, has not"
                 ) from error
-            if change.shape != shape:
+            if not change.fits(weight):
+                shape = weight.shape[0], weight[0].numel()
                 raise WuerstchenError(
                     f"{self.path}: a LoRA of another Stage C: it changes {name} of {size_text(change.shape)}, which in "
                     f"this one, of width {network.config.width}, is {size_text(shape)}"
@@ -74,7 +88,8 @@ def apply_loras(network: Prior, loras: Iterable[tuple[LoRA, float]]) -> Iterator
     at the end.
 
     Raises:
-        WuerstchenError: a LoRA is of another network, or a strength is not finite. Nothing is changed then.
+        WuerstchenError: a LoRA is of another network, a strength is not finite, or a weight would not be. Nothing is
+            changed then.
     """
     changes: dict[str, list[tuple[Change, float]]] = {}
     for lora, strength in loras:
@@ -89,7 +104,13 @@ def apply_loras(network: Prior, loras: Iterable[tuple[LoRA, float]]) -> Iterator
         for name, several in changes.items():
             module = network.get_submodule(name)
             weights[module] = module.weight
-            module.weight = nn.Parameter(_merged(module.weight, several), requires_grad=False)
+            merged = _merged(module.weight, several)
+            if not is_finite(merged):
+                precision = str(merged.dtype).removeprefix("torch.")
+                raise WuerstchenError(
+                    f"the LoRAs change {name} beyond the range of {precision}: lower their strengths, or use float32"
+                )
+            module.weight = nn.Parameter(merged, requires_grad=False)
         yield
     finally:
         for module, weight in weights.items():

@@ -1,12 +1,13 @@
 """The previewer: Stage C's latent -> a small picture (paper, appendix D), to see what Stage C draws without Stage B."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..util.errors import WuerstchenError
 from .blocks import LayerNorm2d
+from .config import check_config, require
 
 FACTOR = 8  # pixels of the small picture to a position of the latent
 
@@ -35,11 +36,13 @@ class Previewer(nn.Module):
     """Latent in Stage C's space -> picture of 8 times its size.
 
     Raises:
-        WuerstchenError: the configuration has neither no widths nor four, which are three doublings.
+        WuerstchenError: the configuration has neither no widths nor four, which are three doublings, or a size that is
+            not possible.
     """
 
     def __init__(self, config: PreviewerConfig = PreviewerConfig(), operations=nn):
         super().__init__()
+        check_config(config)
         self.config = config
         widths = config.widths
         if not widths:
@@ -47,10 +50,10 @@ class Previewer(nn.Module):
                 operations.Conv2d(config.latent_channels, 3, 1), nn.Upsample(scale_factor=FACTOR, mode="nearest")
             )
             return
-        if 2 ** (len(widths) - 1) != FACTOR:
-            raise WuerstchenError(f"widths are {list(widths)}: a previewer has four, or none if it is linear")
+        count = len(widths)
+        require(count == 4, f"widths are {count} ({list(widths[:8])}): a previewer has four, or none if it is linear")
         layers = [operations.Conv2d(config.latent_channels, widths[0], 1), ConvBlock(widths[0], operations)]
-        for wide, narrow in zip(widths, widths[1:]):
+        for wide, narrow in pairwise(widths):
             layers += [operations.ConvTranspose2d(wide, narrow, 2, stride=2), ConvBlock(narrow, operations)]
         layers += [LayerNorm2d(), operations.Conv2d(widths[-1], 3, 3, padding=1)]
         self.layers = nn.Sequential(*layers)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
 
 from ..util.errors import WuerstchenError
+from .config import check_config, require
 from .latent_space import LatentSpace
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -47,10 +48,20 @@ class SemanticCompressorConfig:
 
 
 class SemanticCompressor(nn.Module):
-    """Picture -> the raw features that Stage B is conditioned on."""
+    """Picture -> the raw features that Stage B is conditioned on.
+
+    Raises:
+        WuerstchenError: there is no such network, since a size of the configuration is not possible.
+    """
 
     def __init__(self, config: SemanticCompressorConfig = SemanticCompressorConfig()):
         super().__init__()
+        check_config(config)
+        require(len(config.stages) > 0, "stages are empty: the semantic compressor needs at least one")
+        for stage in config.stages:
+            require(stage.expansion <= 64, f"expansion is {stage.expansion}: it must be from 1 to 64")
+            require(stage.stride <= 2, f"stride is {stage.stride}: it must be 1 or 2")
+        config.latent_space.check()
         self.config = config
         self.backbone = _backbone(config)
         self.mapper = nn.Sequential(

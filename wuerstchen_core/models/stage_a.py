@@ -1,11 +1,15 @@
 """Stage A: a VQGAN of factor 4, picture <-> latent (paper section 3; Paella's VQGAN)."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import LayerNorm2d, to_planes, to_rows
+from .config import check_config, require
+
+DISTANCES = 1 << 24  # between latents and codebook
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,13 @@ class Codebook(nn.Module):
         self.codebook = nn.Embedding(size, channels)
 
     def nearest(self, latent: Tensor) -> Tensor:
-        """(B, C, H, W) -> indices (B, H, W) of the closest vectors."""
-        points = to_rows(latent)
-        return torch.cdist(points.flatten(0, 2), self.codebook.weight).argmin(dim=1).view(points.shape[:3])
+        """(B, C, H, W) -> indices (B, H, W) of the closest vectors.
+
+        At most DISTANCES distances are in memory at a time.
+        """
+        points, codebook = to_rows(latent), self.codebook.weight
+        parts = points.flatten(0, 2).split(max(1, DISTANCES // len(codebook)))
+        return torch.cat([torch.cdist(part, codebook).argmin(dim=1) for part in parts]).view(points.shape[:3])
 
     def forward(self, indices: Tensor) -> Tensor:
         """indices (B, H, W) -> vectors (B, C, H, W)"""
@@ -58,16 +66,23 @@ class Codebook(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Stage A. Its latents are divided by the scale factor: the space that Stage B denoises."""
+    """Stage A. Its latents are divided by the scale factor: the space that Stage B denoises.
+
+    Raises:
+        WuerstchenError: there is no such network, since a size of the configuration is not possible.
+    """
 
     def __init__(self, config: StageAConfig = StageAConfig(), operations=nn):
         super().__init__()
+        check_config(config, bottleneck_blocks=0)
+        require(len(config.widths) > 0, "widths are empty: Stage A needs one per level")
+        require(config.scale_factor > 0, f"scale_factor is {config.scale_factor}: it must be above 0")
         self.config = config
         widths, channels = config.widths, config.latent_channels
 
         self.in_block = nn.Sequential(nn.PixelUnshuffle(2), operations.Conv2d(3 * 4, widths[0], 1))
         down = [MixingBlock(widths[0], operations)]
-        for narrow, wide in zip(widths, widths[1:]):
+        for narrow, wide in pairwise(widths):
             down += [operations.Conv2d(narrow, wide, 4, stride=2, padding=1), MixingBlock(wide, operations)]
         down.append(nn.Sequential(operations.Conv2d(widths[-1], channels, 1, bias=False), nn.BatchNorm2d(channels)))
         self.down_blocks = nn.Sequential(*down)
@@ -76,7 +91,7 @@ class VQGAN(nn.Module):
 
         up = [nn.Sequential(operations.Conv2d(channels, widths[-1], 1))]
         up += [MixingBlock(widths[-1], operations) for _ in range(config.bottleneck_blocks)]
-        for wide, narrow in zip(widths[::-1], widths[-2::-1]):
+        for wide, narrow in pairwise(reversed(widths)):
             up += [operations.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1), MixingBlock(narrow, operations)]
         self.up_blocks = nn.Sequential(*up)
         self.out_block = nn.Sequential(operations.Conv2d(widths[0], 3 * 4, 1), nn.PixelShuffle(2))

@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import AttnBlock, LayerNorm2d, ResBlock, TimestepBlock, timestep_embedding, to_rows
+from .blocks import (
+    AttnBlock,
+    LayerNorm2d,
+    ResBlock,
+    TimestepBlock,
+    check_heads,
+    check_time,
+    timestep_embedding,
+    to_rows,
+)
+from .config import check_config, require
 from .latent_space import LatentSpace
 
 
@@ -30,7 +40,7 @@ class StageBConfig:
     condition_width: int = 1024
     text_width: int = 1024
     time_width: int = 64
-    dropout: float = 0.0
+    dropout: float = 0.1  # in training mode only
     latent_space: LatentSpace = field(default_factory=LatentSpace)  # of the Stage C it works with
     stage_a_scale: float = 0.3764  # scale_factor of the Stage A whose latents it denoises
     text_absent: bool = False
@@ -51,10 +61,14 @@ class DiffNeXt(nn.Module):
 
     `diffnext(x, t, semantic, text)` does it all; a sampler calls `condition` and `modulate` once a run and `denoise`
     every step.
+
+    Raises:
+        WuerstchenError: there is no such network, since a size of the configuration is not possible.
     """
 
     def __init__(self, config: StageBConfig = StageBConfig(), operations=nn):
         super().__init__()
+        _check(config)
         self.config = config
         widths = config.widths
         levels = range(len(widths))
@@ -68,7 +82,7 @@ class DiffNeXt(nn.Module):
                 yield ResBlock(width, skip if i == 0 else 0, semantic, config.dropout, operations)
                 yield TimestepBlock(width, config.time_width, operations)
                 if heads:
-                    yield AttnBlock(width, config.condition_width, heads, operations)
+                    yield AttnBlock(width, config.condition_width, heads, config.dropout, operations)
 
         self.clip_mapper = operations.Linear(config.text_width, config.condition_width)
         self.effnet_mappers = nn.ModuleList(
@@ -155,6 +169,20 @@ class DiffNeXt(nn.Module):
         """x (B, 4, h, w), t (B,) in [0, 1], semantic (B, 16, p, q) raw features, text (B, L, text_width) or None
         -> the noise in x, the same shape."""
         return self.denoise(x, self.modulate(t, x.dtype), self.condition(semantic, text, x.shape[-2:]))
+
+
+def _check(config: StageBConfig) -> None:
+    check_config(config, heads=0)
+    levels = len(config.widths)
+    for name in ("heads", "blocks", "semantic"):
+        count = len(getattr(config, name))
+        require(
+            count == levels > 0, f"{name} has {count} values: it needs one per level, as widths, which has {levels}"
+        )
+    for width, heads in zip(config.widths, config.heads, strict=True):
+        check_heads(width, heads or 1)
+    check_time(config.time_width, config.dropout)
+    config.latent_space.check()
 
 
 def _resize(semantic: Tensor, size: list[int]) -> Tensor:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .blocks import AttnBlock, LayerNorm2d, ResBlock, TimestepBlock, timestep_embedding
+from .blocks import AttnBlock, LayerNorm2d, ResBlock, TimestepBlock, check_heads, check_time, timestep_embedding
+from .config import check_config
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,23 @@ class StageCConfig:
     heads: int = 24
     text_width: int = 1280
     time_width: int = 64
-    dropout: float = 0.0
+    dropout: float = 0.1  # in training mode only
 
 
 class Prior(nn.Module):
     """Predicts the noise in a latent of Stage C.
 
     `prior(x, t, text)` does it all; a sampler calls `condition` and `modulate` once a run and `denoise` every step.
+
+    Raises:
+        WuerstchenError: there is no such network, since a size of the configuration is not possible.
     """
 
     def __init__(self, config: StageCConfig = StageCConfig(), operations=nn):
         super().__init__()
+        check_config(config)
+        check_heads(config.width, config.heads)
+        check_time(config.time_width, config.dropout)
         self.config = config
         width = config.width
         self.projection = operations.Conv2d(config.latent_channels, width, 1)
@@ -39,7 +46,7 @@ class Prior(nn.Module):
         for _ in range(config.depth):
             self.blocks.append(ResBlock(width, dropout=config.dropout, operations=operations))
             self.blocks.append(TimestepBlock(width, config.time_width, operations))
-            self.blocks.append(AttnBlock(width, width, config.heads, operations))
+            self.blocks.append(AttnBlock(width, width, config.heads, config.dropout, operations))
         self.out = nn.Sequential(LayerNorm2d(), operations.Conv2d(width, config.latent_channels * 2, 1))
 
     def condition(self, text: Tensor) -> list:
@@ -55,8 +62,8 @@ class Prior(nn.Module):
     def denoise(self, x: Tensor, modulation: list[Tensor], condition: list) -> Tensor:
         """x (B, 16, p, q) -> the noise in it, the same shape."""
         h = self.projection(x.contiguous(memory_format=torch.channels_last))
-        for i, (scale_shift, context) in enumerate(zip(modulation, condition)):
-            res, time, attn = self.blocks[3 * i : 3 * i + 3]
+        groups = zip(self.blocks[0::3], self.blocks[1::3], self.blocks[2::3], modulation, condition, strict=True)
+        for res, time, attn, scale_shift, context in groups:
             h = attn(time(res(h), scale_shift), context)
         a, b = self.out(h).chunk(2, dim=1)
         return (x - a) / ((1 - b).abs() + 1e-5)

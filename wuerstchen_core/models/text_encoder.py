@@ -1,5 +1,6 @@
 """The text encoder: CLIP's text tower (arXiv 2103.00020), its hidden states at every position."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -8,12 +9,15 @@ from torch import Tensor, nn
 
 from ..util.checks import shown
 from ..util.errors import WuerstchenError
+from .blocks import check_heads
+from .config import check_config, require
 from .prompt import parse_emphasis
 
 LONGEST_WORD = 500  # letters; a longer one is read in parts, since byte-pair encoding takes quadratic time
 # CLIP's words. `<start_of_text>` and `<end_of_text>` are not among them: who types them means the letters.
 WORD = rf"""'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}{{1,{LONGEST_WORD}}}|\p{{N}}|[^\s\p{{L}}\p{{N}}]{{1,{LONGEST_WORD}}}"""
 MAX_WEIGHT = 1000.0
+OLDEST_OPEN_CLIP = (2, 27)  # before it the layers of its text tower stood otherwise, and it was built otherwise
 
 
 @dataclass(frozen=True)
@@ -28,18 +32,29 @@ class TextEncoderConfig:
 
 
 class TextEncoder(nn.Module):
-    """Prompts -> the hidden states of all positions after the final LayerNorm, before the projection."""
+    """Prompts -> the hidden states of all positions after the final LayerNorm, before the projection.
+
+    Raises:
+        WuerstchenError: there is no such network, since a size of the configuration is not possible, or open_clip_torch
+            is missing or too old.
+    """
 
     def __init__(self, config: TextEncoderConfig = TextEncoderConfig()):
         import regex
-        from open_clip.tokenizer import SimpleTokenizer  # here, since it takes longer than all of this package
-        from open_clip.transformer import TextTransformer
 
         super().__init__()
+        check_config(config)
+        check_heads(config.width, config.heads)
+        require(config.context_length > 2, f"context_length is {config.context_length}: it must be at least 3")
         self.config = config
-        self.tokenizer = SimpleTokenizer()
+        open_clip = _open_clip()
+        self.tokenizer = open_clip.tokenizer.SimpleTokenizer()
         self.tokenizer.pat = regex.compile(WORD, regex.IGNORECASE)
-        self.tower = TextTransformer(
+        tokens = self.tokenizer.vocab_size
+        require(
+            config.vocabulary == tokens, f"vocabulary is {config.vocabulary}: CLIP's, the only one here, is {tokens}"
+        )
+        self.tower = open_clip.transformer.TextTransformer(
             context_length=config.context_length,
             vocab_size=config.vocabulary,
             width=config.width,
@@ -109,6 +124,20 @@ class TextEncoder(nn.Module):
         mask = _attention_mask(tokens, self.tokenizer.eot_token_id).to(h.dtype)
         h = tower.transformer(h, attn_mask=mask.repeat_interleave(self.config.heads, dim=0))
         return tower.ln_final(h)
+
+
+def _open_clip():
+    """open_clip, imported here, since it takes longer than all of this package."""
+    remedy = "pip install 'open_clip_torch>={}.{}'".format(*OLDEST_OPEN_CLIP)
+    try:
+        import open_clip
+    except ImportError as error:
+        raise WuerstchenError(
+            f"the text encoder needs open_clip_torch, and importing it failed ({error}): {remedy}"
+        ) from error
+    if tuple(map(int, re.findall(r"\d+", open_clip.__version__)[:2])) < OLDEST_OPEN_CLIP:
+        raise WuerstchenError(f"open_clip_torch {open_clip.__version__} is too old for the text encoder: {remedy}")
+    return open_clip
 
 
 def _attention_mask(tokens: Tensor, end: int) -> Tensor:

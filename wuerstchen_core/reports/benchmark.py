@@ -40,7 +40,7 @@ def benchmark_loading(path: Path, device="cpu") -> Iterator[str]:
     """
     list(describe(path))  # imports what the networks are made of
     archive = open_archive(path)
-    kinds, size = list(parts(archive)), archive.path.stat().st_size
+    kinds, size = list(parts(archive)), archive.size
     del archive
     for kind in kinds:
         start = time.perf_counter()

@@ -11,25 +11,25 @@ Types are bool, int, float, str, `tuple[TYPE, ...]`, named tuples (arrays in TOM
 """
 
 import dataclasses
+import difflib
+import json
 import math
+import os
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from typing import Any, NamedTuple
 
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    import tomli as tomllib
-
-from ..util.errors import WuerstchenError
+from ..util.errors import WuerstchenError, first_line
 
 NEEDED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+PLACEHOLDERS = {bool: True, int: 1, float: 1.0, str: "x"}
 
 
 def option(default: Any = MISSING, help: str = "") -> Any:
-    """A field of a dataclass of options; without a default it must be given. % in the help is a plain one."""
+    """A field of a dataclass of options; without a default it must be given."""
     metadata = {"help": help}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
@@ -37,7 +37,7 @@ def option(default: Any = MISSING, help: str = "") -> Any:
 
 
 def check_at_least(least: int, options: Any, *names: str) -> None:
-    """Raises WuerstchenError naming the first of these options that is below."""
+    """Raises WuerstchenError naming the first of these options that is less than `least`."""
     for name in names:
         if getattr(options, name) < least:
             raise WuerstchenError(f"{name} is {getattr(options, name)}: it must be at least {least}")
@@ -58,7 +58,7 @@ def check_shares(options: Any, *names: str) -> None:
 
 
 class Listed(NamedTuple):
-    """An option as a help shows it."""
+    """An option as the help lists it."""
 
     name: str  # with the names of its tables: network.depth
     type: Any
@@ -67,9 +67,9 @@ class Listed(NamedTuple):
 
 
 def listed(*classes: type, prefix: str = "") -> Iterator[Listed]:
-    """All options of some dataclasses, those of tables after the table's name and a dot.
+    """All options of some dataclasses; those of a table are named `table.option`.
 
-    Where they have no help of their own they get their table's."""
+    An option without help has its table's."""
     for cls in classes:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -86,7 +86,7 @@ def listed(*classes: type, prefix: str = "") -> Iterator[Listed]:
 
 
 def read(cls: type, table: Mapping[str, Any], where: str) -> Any:
-    """An instance of a dataclass from a TOML table. What a sub-table doesn't name stays as the default has it.
+    """An instance of a dataclass from a TOML table. What a sub-table does not name keeps its default.
 
     Raises:
         WuerstchenError naming `where` and the option: it is unknown, of another type, or missing.
@@ -95,36 +95,75 @@ def read(cls: type, table: Mapping[str, Any], where: str) -> Any:
 
 
 def read_all(classes: Sequence[type], table: Mapping[str, Any], where: str) -> list:
-    """The same for several dataclasses, whose options lie side by side in one table."""
+    """Instances of several dataclasses whose options share one table."""
     _check_known(table, [field.name for cls in classes for field in dataclasses.fields(cls) if field.init], where)
     return [_read(cls, table, where) for cls in classes]
 
 
 def override(classes: Sequence[type], table: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
-    """The table with options from the command line in their places: {"network.depth": "4"}.
+    """The table, updated with options from the command line, such as {"network.depth": "4"}.
 
     A value is written as in TOML; texts need no quotes.
     """
     types_of = {name: type_ for name, type_, _, _ in listed(*classes)}
-    merged = _copied(table)
-    for name, text in given.items():
-        *tables, last = name.split(".")
-        inner = merged
-        for part in tables:
-            inner = inner.setdefault(part, {})
-        inner[last] = _literal(text, types_of[name])
+    return merge(table, {name: _literal(text, types_of[name]) for name, text in given.items()})
+
+
+def merge(table: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The table, updated with Python values, such as {"network.depth": 4} or {"network": {"depth": 4}}."""
+    merged = _plain(table)
+    for name, value in given.items():
+        first, _, rest = name.partition(".")
+        value = {rest: value} if rest else _plain(value)
+        if isinstance(value, dict):
+            inner = merged.get(first, {})
+            value = merge(inner if isinstance(inner, dict) else {}, value)
+        merged[first] = value
     return merged
 
 
+def written(classes: Sequence[type], table: Mapping[str, Any], where: str) -> str:
+    """All options of some dataclasses with their help, as TOML: the table's values, and defaults for the others.
+
+    An option that must be given and is not in the table stands in a comment. Raises WuerstchenError as `read`.
+    """
+    missing = {
+        name: PLACEHOLDERS[type_]
+        for name, type_, default, _ in listed(*classes)
+        if default is MISSING and name not in table
+    }
+    sections: dict[str, list[str]] = {"": []}
+    helps: dict[str, str] = {}
+    for options in read_all(classes, missing | dict(table), where):
+        for name, _, _, help in listed(type(options)):
+            section, _, last = name.rpartition(".")
+            lines = sections.setdefault(section, [f"\n[{section}]"])
+            if help and helps.get(section) != help:
+                helps[section] = help
+                lines += textwrap.wrap(help, 110, initial_indent="# ", subsequent_indent="# ")
+            value = "  # must be given" if name in missing else literal(_at(options, name.split(".")))
+            lines.append(f"{'# ' if name in missing else ''}{last} = {value}")
+    return "\n".join(line for lines in sections.values() for line in lines) + "\n"
+
+
+def literal(value: Any) -> str:
+    """A value as TOML has it."""
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(literal, value))}]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def load(path: str) -> dict[str, Any]:
-    """A TOML file -> its table. Raises WuerstchenError where it is missing or is no TOML."""
+    """A TOML file -> its table. Raises WuerstchenError if it is missing or not TOML."""
     try:
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            return _toml().load(file)
     except OSError as error:
         raise WuerstchenError(f"{path}: the configuration can't be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise WuerstchenError(f"{path}: this is no TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise WuerstchenError(f"{path}: this is no TOML: {first_line(error)}") from error
 
 
 def _read(cls: type, table: Mapping[str, Any], where: str, base: Any = None) -> Any:
@@ -140,31 +179,38 @@ def _read(cls: type, table: Mapping[str, Any], where: str, base: Any = None) -> 
             values[field.name] = getattr(base, field.name)
         elif _default(field) is MISSING:
             help = field.metadata.get("help")
-            raise WuerstchenError(f"{where}: {field.name} is missing" + (f" ({help})" if help else ""))
+            about = f" ({help})" if help else ""
+            raise WuerstchenError(
+                f"{where}: {field.name} is missing{about}: give --{field.name.replace('_', '-')}, or a configuration"
+            )
     return cls(**values)
 
 
 def _check_known(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for name in table:
         if name not in known:
-            raise WuerstchenError(f"{where}: there is no option {name!r}; there are {', '.join(known)}")
+            close = difflib.get_close_matches(str(name), known, 1)
+            raise WuerstchenError(
+                f"{where}: there is no option {_shown(name)}; there are {textwrap.shorten(', '.join(known), 200)}"
+                + (f"; did you mean {close[0]}?" if close else "")
+            )
 
 
 def _checked(value: Any, type_: Any, where: str, default: Any = MISSING) -> Any:
-    """The value as the type has it; whole numbers may stand for others."""
+    """The value, converted to its type. A whole number is taken for a float."""
     if dataclasses.is_dataclass(type_):
         if not isinstance(value, Mapping):
-            raise WuerstchenError(f"{where} is {value!r}: a table is needed")
+            raise WuerstchenError(f"{where} is {_shown(value)}: a table is needed")
         _check_known(value, [field.name for field in dataclasses.fields(type_)], where)
         return _read(type_, value, where, None if default is MISSING else default)
     if isinstance(type_, type) and issubclass(type_, tuple) and hasattr(type_, "_fields"):
         if not isinstance(value, list) or len(value) != len(type_._fields):
-            raise WuerstchenError(f"{where} is {value!r}: a list of {', '.join(type_._fields)} is needed")
+            raise WuerstchenError(f"{where} is {_shown(value)}: a list of {', '.join(type_._fields)} is needed")
         kinds = typing.get_type_hints(type_).values()
-        return type_(*(_checked(one, kind, where) for one, kind in zip(value, kinds)))
+        return type_(*(_checked(one, kind, where) for one, kind in zip(value, kinds, strict=True)))
     if typing.get_origin(type_) is tuple:
         if not isinstance(value, list):
-            raise WuerstchenError(f'{where} is {value!r}: a list is needed, such as [1, 2] or ["a", "b"]')
+            raise WuerstchenError(f'{where} is {_shown(value)}: a list is needed, such as [1, 2] or ["a", "b"]')
         return tuple(_checked(one, typing.get_args(type_)[0], where) for one in value)
     if typing.get_origin(type_) in (typing.Union, types.UnionType):
         type_ = next(kind for kind in typing.get_args(type_) if kind is not type(None))
@@ -172,16 +218,20 @@ def _checked(value: Any, type_: Any, where: str, default: Any = MISSING) -> Any:
     if type_ is float and type(value) is int:
         return float(value)
     if type(value) is not type_:
-        raise WuerstchenError(f"{where} is {value!r}: {NEEDED[type_]} is needed")
+        raise WuerstchenError(f"{where} is {_shown(value)}: {NEEDED[type_]} is needed")
     return value
 
 
 def _literal(text: str, type_: Any) -> Any:
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = _toml().loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
         return text
     return value if type_ is not str or isinstance(value, str) else text
+
+
+def _shown(value: Any) -> str:
+    return textwrap.shorten(repr(value), 80)
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -194,5 +244,25 @@ def _at(default: Any, path: list[str]) -> Any:
     return default
 
 
-def _copied(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _copied(value) if isinstance(value, Mapping) else value for name, value in table.items()}
+def _plain(value: Any) -> Any:
+    """A Python value as a TOML file would give it."""
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(one) for one in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _toml():
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise WuerstchenError(
+                f"options need tomli, which can't be imported ({first_line(error)}): pip install tomli"
+            ) from error
+    return tomllib

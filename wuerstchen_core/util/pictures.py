@@ -157,6 +157,7 @@ def _opened(file: str | Path | BinaryIO, formats: Sequence[str]) -> Iterator[Ima
     Image.init()
     known = [name for name in formats if name in Image.OPEN]  # what this Pillow was built with
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow thinks of a damaged file's fields
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(file, formats=known) as opened:
             yield opened

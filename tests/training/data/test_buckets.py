@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.pictures import picture
 from wuerstchen_core import WuerstchenError
-from wuerstchen_core.training.data.buckets import bucket_sizes, fit, nearest_size
+from wuerstchen_core.training.data.buckets import bucket_sizes, crop_and_resize, nearest_size
 
 
 def test_buckets_have_about_one_area_and_sides_of_64():
@@ -41,11 +41,11 @@ def test_a_picture_is_scaled_as_pillow_does_and_its_middle_kept(shape, box):
     pixels = picture(3, shape)
     planes = [Image.fromarray(pixels[..., c].astype(np.float32)) for c in range(3)]
     expected = np.stack([np.array(plane.crop(box).resize((64, 64), Image.Resampling.BICUBIC)) for plane in planes])
-    fitted = fit(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, (64, 64))
+    fitted = crop_and_resize(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, (64, 64))
     torch.testing.assert_close(fitted, torch.from_numpy(expected / 255).clamp(0, 1), rtol=0, atol=1e-4)
 
 
 def test_a_picture_of_the_right_size_is_left_alone_and_a_thread_of_one_is_no_trouble():
     image = torch.rand(3, 128, 64)
-    assert torch.equal(fit(image, (128, 64)), image)
-    assert fit(torch.rand(3, 30000, 1), (64, 128)).shape == (3, 64, 128)  # scaled whole it would take 88 GB
+    assert torch.equal(crop_and_resize(image, (128, 64)), image)
+    assert crop_and_resize(torch.rand(3, 30000, 1), (64, 128)).shape == (3, 64, 128)  # scaled whole it would take 88 GB

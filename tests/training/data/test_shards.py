@@ -15,7 +15,7 @@ from tests.training.data.samples import SHAPES, all_same, samples_of, take, writ
 from wuerstchen_core import WuerstchenError
 from wuerstchen_core.training.data import shards as shards_module
 from wuerstchen_core.training.data.batches import open_batches
-from wuerstchen_core.training.data.buckets import bucket_sizes, fit, nearest_size
+from wuerstchen_core.training.data.buckets import bucket_sizes, crop_and_resize, nearest_size
 from wuerstchen_core.training.data.shards import Shards
 from wuerstchen_core.util import pictures
 
@@ -59,7 +59,7 @@ def test_shards_give_their_pictures_shuffled_and_in_buckets(shards):
     for batch, number in zip(batches, numbers):
         assert batch["key"][0].endswith(f".tar/{number:02}")
         pixels = torch.from_numpy(picture(number, SHAPES[number % 5])).permute(2, 0, 1) / 255
-        assert torch.equal(batch["image"][0], fit(pixels, nearest_size(sizes, SHAPES[number % 5])))
+        assert torch.equal(batch["image"][0], crop_and_resize(pixels, nearest_size(sizes, SHAPES[number % 5])))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")

@@ -4,8 +4,6 @@ import dataclasses
 import math
 import os
 import signal
-import socket
-import time
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from tests.training.runs import (
     PLAN,
     Toy,
     fill_disk,
+    free_port,
     hang_in_a_step,
     hang_while_saving,
     logged,
@@ -23,6 +22,7 @@ from tests.training.runs import (
     run_sharded,
     run_toy,
     toy_batches,
+    wait_for,
 )
 from wuerstchen_core.training.loop import run
 from wuerstchen_core.training.loop.run import Plan, train
@@ -65,13 +65,6 @@ def assert_as_never_stopped(folder, whole):
         assert all(set(ours[tag][step]) == set(values) for step, values in steps.items())
     assert_same(checkpoint(folder), checkpoint(whole))
     assert not list(folder.glob(".*"))
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_run_killed_at_any_moment_resumes_as_if_it_had_not_been(tmp_path, whole):
@@ -125,6 +118,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     told = (tmp_path / "told").read_text()
     assert told.startswith("WuerstchenError") and "could not be written" in told
     assert "the checkpoint of step 6 is intact" in told and "the same command goes on" in told
+    assert "checkpoint.pt: could not be written (File too large)" in told  # the limit that stands in for a full disk
     assert checkpoint(tmp_path)["step"] == 6
     assert not list(tmp_path.glob(".*"))
 
@@ -299,9 +293,7 @@ def test_two_processes_that_share_the_weights_learn_as_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train(Toy(plain=True), dataclasses.replace(PLAN, steps=16), one, toy_batches(4))
     for steps in (9, 12):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         ranks = [process(run_sharded, two, rank, port, steps) for rank in range(2)]
         for rank in ranks:
             rank.join(timeout=120)

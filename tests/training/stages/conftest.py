@@ -27,6 +27,7 @@ width = 32
 depth = 1
 heads = 2
 text_width = 32
+dropout = 0.0
 """
 TINY_B = """
 folder = "run"
@@ -50,6 +51,7 @@ heads = [0, 2, 2, 2]
 blocks = [1, 1, 1, 1]
 condition_width = 24
 text_width = 32
+dropout = 0.0
 
 [compressor]
 stem = 8

@@ -55,3 +55,18 @@ def test_loss_is_weighted_by_the_share_of_noise(k):
     assert (t == 1).float().mean().item() == pytest.approx(0.081 / 1.08, abs=0.003)
     signal = alpha_bar(t).double()
     assert loss == pytest.approx(((1 - signal) / (k * (1 - signal) + signal)).mean().item(), rel=0.02)
+
+
+def test_no_error_is_limited_unless_a_limit_is_given():
+    """Predictions that are 1, 2 and 30 away from the noise; the third exceeds the limit, and has no gradient then."""
+    off = torch.tensor([1.0, 2.0, 30.0], requires_grad=True)
+    t, clean, noise = torch.full((3,), 0.5), torch.zeros(3, 2, 2), torch.randn(3, 2, 2)
+    weight = 1 / (1 + (alpha_bar(t) / (1 - alpha_bar(t))))[0].item()
+
+    def loss(**limit):
+        return diffusion_loss(lambda x, t: noise + off[:, None, None], clean, 1.0, t, noise, **limit)
+
+    assert loss().item() == pytest.approx((1 + 4 + 900) / 3 * weight, rel=1e-5)
+    limited = loss(largest_error=20.0)
+    assert limited.item() == pytest.approx((1 + 4 + 20) / 3 * weight, rel=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(limited, off)[0], torch.tensor([2.0, 4.0, 0.0]) / 3 * weight)

@@ -149,7 +149,7 @@ def test_the_command_trains_a_previewer_that_has_learned(emoji, tmp_path, capsys
     assert len(list((folder / "samples").glob("*.png"))) == 1
 
 
-def test_shipped_configurations_name_every_option():
+def test_shipped_configurations_name_known_options():
     from dataclasses import fields
 
     from wuerstchen_core.training.command import CONFIGS, RunOptions
@@ -159,7 +159,7 @@ def test_shipped_configurations_name_every_option():
     classes = (RunOptions, DataOptions, Plan, Options)
     for name, config in (("mini", None), ("v2", PreviewerConfig())):
         table = load(str(CONFIGS / name / "previewer.toml"))
-        assert set(table) == {field.name for field in itertools.chain.from_iterable(map(fields, classes))}
+        assert set(table) <= {field.name for field in itertools.chain.from_iterable(map(fields, classes))}
         network = read_all(classes, table, name)[-1].network
         assert config is None or network == config
         Previewer(network)

@@ -15,9 +15,25 @@ import wuerstchen_core as w
 from tests.training.stages.stage_a import DATA, at, batch, crops, pictures, tiny
 from wuerstchen_core import cli
 from wuerstchen_core.mini import recipe
-from wuerstchen_core.models.stage_a import StageAConfig
+from wuerstchen_core.models import stage_a
+from wuerstchen_core.models.stage_a import Codebook, StageAConfig
 from wuerstchen_core.training import command, options
 from wuerstchen_core.training.stages.stage_a import Options
+
+
+def test_the_nearest_vectors_are_searched_for_in_bounded_memory(monkeypatch):
+    torch.manual_seed(0)
+    codebook, latent = Codebook(100, 4), torch.randn(2, 4, 9, 7)
+    points = latent.permute(0, 2, 3, 1)
+    expected = (points[..., None, :] - codebook.codebook.weight).double().square().sum(dim=-1).argmin(dim=-1)
+    assert torch.equal(codebook.nearest(latent), expected)
+    sizes, cdist = [], torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda *given: sizes.append(cdist(*given).numel()) or cdist(*given))
+    for most in (4000, 250, 1):
+        monkeypatch.setattr(stage_a, "DISTANCES", most)
+        assert torch.equal(codebook.nearest(latent), expected)
+        assert max(sizes) <= max(most, 100) and sum(sizes) == 2 * 9 * 7 * 100
+        sizes.clear()
 
 
 def test_idle_vectors_move_to_where_latents_are():

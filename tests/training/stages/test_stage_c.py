@@ -84,7 +84,7 @@ def _image_tags(path):
 
 def test_stage_c_is_trained_by_the_papers_formulas(tiny_folder):
     """Loss in float64 from the noise and times that the draws give; each caption serves both noise levels."""
-    task = task_c(tiny_folder, noise_levels=2, p2_k=0.3, high_noise=0.4, caption_drop=0.5)
+    task = task_c(tiny_folder, noise_levels=2, p2_k=0.3, high_noise=0.4, caption_drop=0.5, largest_error=20.0)
     batch = {"image": torch.rand(6, 3, 64, 128), "caption": ["one", "two (2)", "", "four", "five", "six"]}
     with torch.no_grad():
         batch["features"] = features = task.features(batch)
@@ -135,3 +135,11 @@ def test_fine_tuning_starts_at_the_published_weights(tmp_path, place):
     moved = w.load_stage_c("tuned/stage_c.safetensors")
     assert not torch.equal(moved.projection.weight, before.projection.weight)
     assert torch.equal(w.load_stage_c(tmp_path / "prior").projection.weight, before.projection.weight)
+
+
+def test_errors_are_limited_only_where_it_is_asked_for(tiny_folder):
+    batch = {"features": {"semantic": torch.zeros(2, 16, 2, 2), "text": torch.zeros(2, 77, 32)}}
+    for options, expected in (({}, 1e4), ({"largest_error": 20.0}, 20.0)):
+        task = task_c(tiny_folder, p2_k=1e6, **options)
+        task.network.denoise = lambda x, modulation, condition: torch.full_like(x, 100.0)
+        assert task(batch, Draws(0, 0, 2))["noise"].item() * 1e6 == pytest.approx(expected, rel=0.05)

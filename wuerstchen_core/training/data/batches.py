@@ -1,6 +1,6 @@
 """Training data: batches of pictures with captions, from a folder, from shards or from any `Source`.
 
-What a step sees follows from its number, so that a run is resumed by its number of steps alone.
+The batch of a step follows from the step's number, so that a run can resume with nothing but its number of steps.
 """
 
 import logging
@@ -17,13 +17,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ...util.errors import WuerstchenError
-from .buckets import Size, bucket_sizes, fit, nearest_size
+from .buckets import Size, bucket_sizes, crop_and_resize, nearest_size
 from .feature_cache import FeatureCache, Features, address, stacked
+from .files import readable
 from .shards import ShardBatch, Shards, expand, is_shard
 from .sources import FixedSource, FolderSource, Source
+from .tally import Tally
 
-TOLD = 5  # bad samples that are named; the others are only counted
-PATIENCE = 100  # batches of a stream of shards in which nothing can be decoded, one after another
+NAMED = 5  # bad samples that are named; the others are only counted
+LOOK_AHEAD = 100  # batches of a stream of shards that are tried one after another if nothing can be decoded
+LOOK_AHEAD_BYTES = 1 << 30  # and the size of their pictures, at most
+CAPTIONS = ("unused", "optional", "required")
 
 log = logging.getLogger(__name__)
 
@@ -40,51 +44,64 @@ def open_batches(
     workers: int = 0,
     first: int = 0,
     cache: FeatureCache | None = None,
+    captions: str = "optional",
+    caption_key: str = "",
 ) -> Iterator[dict]:
     """Batches without end.
 
     A batch is {"image": (B, 3, H, W) float32 in [0, 1], "caption": B texts, "key": B names, "skipped": the number of
-    bad samples that others stand in for}. Bad samples (damaged or huge pictures, captions that are not UTF-8) are never
+    bad samples that others replace}. Bad samples (damaged or huge pictures, captions that are not UTF-8) are never
     fatal; the first few are named in a warning.
 
     Folders and other sources: batches of all ranks together, `world` * `batch` samples of one bucket, are formed in an
-    order that follows from the seed and the epoch, and rank r gets its r-th part. What is left over at an epoch's end
-    goes on into the next. `workers` changes nothing but the speed.
+    order that follows from the seed and the epoch, and rank r gets the r-th part. Samples left over at an epoch's end
+    are used in the next. `workers` changes nothing but the speed.
 
-    Shards: every worker of every rank has a share of its own and forms its own batches, so that the ranks' sizes differ
-    at a step, and a run must be resumed with as many ranks and workers as it had (none and one are the same). To
-    resume, it reads again all that it had read, but decodes none of it.
+    Shards: every worker of every rank has a share of its own and forms its own batches, so that the ranks' picture
+    sizes differ at a step, and a run must be resumed with the same number of ranks and workers (0 and 1 workers are the
+    same). To resume, everything is read again up to that step, but nothing is decoded.
 
     Args:
         data: a folder (see `FolderSource`), urls or paths of shards (see `shards.expand`), or a `Source`.
         size: a picture has about `size` x `size` pixels.
         batch: B.
-        buckets: several aspect ratios (see `bucket_sizes`); without, all pictures are square.
-        rank, world: which of how many processes this is.
-        workers: processes that load; with 0, this one does.
-        first: how many batches this rank has had already: the number of steps from which a run goes on.
-        cache: keeps features of samples. A batch then has "address", B texts for `cache.write`, and where the cache has
+        buckets: several aspect ratios (see `bucket_sizes`); if false, all pictures are square.
+        rank, world: the number of this process, and how many there are.
+        workers: processes that load pictures; with 0, this process does.
+        first: number of batches that this rank has had already: the step from which a run resumes.
+        cache: keeps features of samples. A batch then has "address", B texts for `cache.write`, and if the cache has
             all its samples "features" in place of "image": what `cache.read` gives. Nothing is decoded for it.
+        captions: "unused"; "optional": pictures without a caption are counted in warnings; "required": moreover it is
+            an error if no picture has one.
+        caption_key: key of the caption in JSON and metadata files; "": one of `captions.CAPTION_KEYS`.
 
     Raises:
-        WuerstchenError: there is no such data or nothing good in it, or a cache is given for samples that vary.
+        WuerstchenError: there is no such data or nothing good in it, all captions are missing though they are required,
+            or a cache is given for samples that vary.
     """
     for name, value, least in (("batch", batch, 1), ("size", size, 1), ("workers", workers, 0), ("first", first, 0)):
         if value < least:
             raise WuerstchenError(f"{name} is {value}: it must be at least {least}")
+    if captions not in CAPTIONS:
+        raise WuerstchenError(f"captions is {captions!r}: choose one of {', '.join(CAPTIONS)}")
     sizes = bucket_sizes(size) if buckets else [(size, size)]
-    source = data if isinstance(data, Source) else _folder(data)
+    source = data if isinstance(data, Source) else _folder(data, caption_key)
+    missing = None
     if source is None:
-        shards = Shards(expand(data), sizes, batch, seed)
+        shards = Shards(expand(data), sizes, batch, seed, caption_key)
+        shards.check_captions(captions == "required")
+        missing = Tally() if captions != "unused" else None
         dataset, sampler = _ShardBatches(shards, _Assembler(range(batch), seed, cache), rank, world, first), None
     else:
         if len(source) == 0:
             raise WuerstchenError("there is no sample in the source")
         if cache is not None and not isinstance(source, FixedSource):
             raise WuerstchenError(f"the samples of {type(source).__name__} vary: their features can't be cached")
-        places = range(rank * batch, (rank + 1) * batch)
-        dataset = _SourceBatches(source, _Assembler(places, seed, cache))
-        sampler = islice(enumerate(plan(source, sizes, world * batch, seed)), first, None)
+        if isinstance(source, FolderSource) and captions != "unused":
+            source.check_captions(captions == "required")
+        positions = range(rank * batch, (rank + 1) * batch)
+        dataset = _SourceBatches(source, _Assembler(positions, seed, cache))
+        sampler = islice(enumerate(batch_order(source, sizes, world * batch, seed)), first, None)
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -93,13 +110,13 @@ def open_batches(
         worker_init_fn=_leave_interrupts_to_parent,
         generator=torch.Generator(),  # of its own: the training's random state stays as it is
     )
-    return _delivered(loader)
+    return _delivered(loader, missing)
 
 
-def plan(source: Source, sizes: Sequence[Size], batch: int, seed: int) -> Iterator[tuple[Size, list[int]]]:
-    """The samples of every batch of a source, without end, and the size that their pictures get.
+def batch_order(source: Source, sizes: Sequence[Size], batch: int, seed: int) -> Iterator[tuple[Size, list[int]]]:
+    """The picture size and the samples of every batch of a source, without end.
 
-    The size of a picture is asked for once, when its turn comes in the first epoch.
+    The size of a picture is read once, when its turn comes in the first epoch.
     """
     chosen: dict[int, Size] = {}
     waiting = defaultdict(list)
@@ -116,54 +133,57 @@ def plan(source: Source, sizes: Sequence[Size], batch: int, seed: int) -> Iterat
 
 @dataclass(frozen=True)
 class _Assembler:
-    """Makes a batch of samples: of those that all ranks get at a step, the ones at this rank's places."""
+    """Loads batches: of the samples that all ranks get at a step, those at this rank's positions."""
 
-    places: range
+    positions: range
     seed: int
     cache: FeatureCache | None
 
     def assemble(self, candidates: Iterable[tuple[Source, Sequence[int]]], size: Size, step: int) -> dict:
-        """The first of the candidates with anything good in it. Raises WuerstchenError where there is none."""
-        told: list[str] = []
+        """The first of the candidates with anything good in it. Raises WuerstchenError if there is none."""
+        messages: list[str] = []
         for passed, (source, samples) in enumerate(candidates):
             batch, bad = self._batch(source, samples, size, step)
-            told += bad
+            messages += bad
             if batch:
-                return batch | {"skipped": batch["skipped"] + passed * len(self.places), "told": told[:TOLD]}
-        raise WuerstchenError(f"not one sample can be read; {'; '.join(told[:3])}")
+                skipped = batch["skipped"] + passed * len(self.positions)
+                return batch | {"skipped": skipped, "messages": messages[:NAMED]}
+        raise WuerstchenError(
+            f"not one sample can be read; {'; '.join(readable(message, 120) for message in messages[:3])}"
+        )
 
     def _batch(self, source: Source, samples: Sequence[int], size: Size, step: int) -> tuple[dict | None, list[str]]:
-        """The batch, or None, and what was wrong with bad samples; each has the next good one's double in its place."""
+        """The batch, or None, and what is wrong with bad samples; each is replaced by the next good one."""
         bad: dict[int, str] = {}
 
-        def load(place: int, cached: bool) -> dict | None:
-            for i in chain(samples[place:], samples[:place]):
+        def load(position: int, cached: bool) -> dict | None:
+            for i in chain(samples[position:], samples[:position]):
                 if i in bad:
                     continue
                 try:
-                    return self._sample(source, i, size, f"sample {self.seed} {step * len(samples) + place}", cached)
+                    return self._sample(source, i, size, f"sample {self.seed} {step * len(samples) + position}", cached)
                 except Exception as error:  # a damaged picture raises nearly anything
-                    bad[i] = f"{source.key(i)}: {error or type(error).__name__}"
+                    bad[i] = readable(f"{source.key(i)}: {error or type(error).__name__}")
             return None
 
-        loaded = [load(place, cached=True) for place in self.places]
+        loaded = [load(position, cached=True) for position in self.positions]
         features = _features(loaded)
         if features is None:
             loaded = [
-                load(place, cached=False) if sample and "features" in sample else sample
-                for place, sample in zip(self.places, loaded)
+                load(position, cached=False) if sample and "features" in sample else sample
+                for position, sample in zip(self.positions, loaded, strict=True)
             ]
-        told = list(bad.values())
+        messages = list(bad.values())
         if None in loaded:
-            return None, told
+            return None, messages
         batch = {name: [sample[name] for sample in loaded] for name in loaded[0].keys() - {"image", "features"}}
-        batch["skipped"] = sum(samples[place] in bad for place in self.places)
+        batch["skipped"] = sum(samples[position] in bad for position in self.positions)
         if features is None:
-            return batch | {"image": torch.stack([sample["image"] for sample in loaded])}, told
-        return batch | {"features": features}, told
+            return batch | {"image": torch.stack([sample["image"] for sample in loaded])}, messages
+        return batch | {"features": features}, messages
 
     def _sample(self, source: Source, i: int, size: Size, seed: str, cached: bool) -> dict:
-        """One sample, with its features where it may come from the cache and is there, else with its picture."""
+        """One sample, with its features if it may come from the cache and is there, else with its picture."""
         sample = {"key": source.key(i)}
         if self.cache is not None:
             sample["caption"] = source.caption(i)
@@ -172,11 +192,11 @@ class _Assembler:
             if features is not None:
                 return sample | {"features": features}
         image, caption = source.load(i, random.Random(seed))
-        return sample | {"image": fit(image, size), "caption": caption}
+        return sample | {"image": crop_and_resize(image, size), "caption": caption}
 
 
 class _SourceBatches(Dataset):
-    """A step of `plan` -> its batch, or the WuerstchenError that there is none."""
+    """A step of `batch_order` -> its batch, or the WuerstchenError that there is none."""
 
     def __init__(self, source: Source, assembler: _Assembler):
         self.source, self.assembler = source, assembler
@@ -189,7 +209,7 @@ class _SourceBatches(Dataset):
             return error
 
     def _candidates(self, samples: list[int], step: int) -> Iterator[tuple[Source, list[int]]]:
-        """The samples planned, then all there are, as many at a time, from somewhere on."""
+        """The batch's own samples, then all others, as many at a time, from a random one on."""
         yield self.source, samples
         total = len(self.source)
         start = random.Random(f"step {self.assembler.seed} {step}").randrange(total)
@@ -200,8 +220,8 @@ class _SourceBatches(Dataset):
 class _ShardBatches(IterableDataset):
     """The batches of one worker's share of the shards; at the end the WuerstchenError that there are no more.
 
-    A DataLoader takes the batches from its workers in turn. So that the order is the same after `first` of them, each
-    worker goes on with the share whose turn it is, behind what that share has given before.
+    A DataLoader takes the batches from its workers in turn. To keep their order after `first` of them, each worker
+    continues the share whose turn it is, after what that share has given before.
     """
 
     def __init__(self, shards: Shards, assembler: _Assembler, rank: int, world: int, first: int):
@@ -220,32 +240,34 @@ class _ShardBatches(IterableDataset):
             yield error
 
     def _assembled(self, batches: Iterator[ShardBatch]) -> Iterator[dict]:
-        ahead: deque[ShardBatch] = deque()  # looked at because nothing before could be decoded; their turn comes yet
+        ahead: deque[ShardBatch] = deque()  # read because nothing before could be decoded; their turn is still to come
 
         def look_ahead() -> Iterator[ShardBatch]:
             yield from list(ahead)
             for batch in batches:
                 ahead.append(batch)
                 yield batch
+                if sum(waiting.nbytes for waiting in ahead) > LOOK_AHEAD_BYTES:
+                    return
 
         while True:
-            planned = ahead.popleft() if ahead else next(batches)
-            candidates = ((batch, range(len(batch))) for batch in islice(chain([planned], look_ahead()), PATIENCE))
-            batch = self.assembler.assemble(candidates, planned.bucket, step=0)
-            batch["skipped"] += len(planned.skipped)
-            batch["told"] = [*planned.skipped, *batch["told"]][:TOLD]
+            own = ahead.popleft() if ahead else next(batches)
+            candidates = ((batch, range(len(batch))) for batch in islice(chain([own], look_ahead()), LOOK_AHEAD))
+            batch = self.assembler.assemble(candidates, own.bucket, step=0)
+            batch["skipped"] += len(own.skipped)
+            batch["messages"] = [*own.skipped, *batch["messages"]][:NAMED]
             yield batch
 
 
-def _folder(data: str | Path | Sequence[str | Path]) -> FolderSource | None:
+def _folder(data: str | Path | Sequence[str | Path], caption_key: str) -> FolderSource | None:
     """The source that `data` names, unless it is shards."""
     if isinstance(data, (str, Path)) and (os.path.isdir(data) or not is_shard(str(data))):
-        return FolderSource(data)
+        return FolderSource(data, caption_key)
     return None
 
 
 def _features(samples: Sequence[dict | None]) -> Features | None:
-    """The features of samples, stacked, or None where one has none or they don't stack."""
+    """The features of samples, stacked, or None if one has none or they can't be stacked."""
     if not all(sample and "features" in sample for sample in samples):
         return None
     return stacked([sample["features"] for sample in samples])
@@ -254,20 +276,30 @@ def _features(samples: Sequence[dict | None]) -> Features | None:
 def _bucket(source: Source, sizes: Sequence[Size], i: int) -> Size:
     try:
         return nearest_size(sizes, source.size(i))
-    except Exception:  # a bad sample: it is found out, and told, when it is loaded
+    except Exception:  # a bad sample: it is found, and reported, when it is loaded
         return nearest_size(sizes, (1, 1))
 
 
-def _delivered(loader: DataLoader) -> Iterator[dict]:
-    told: set[str] = set()
+def _delivered(loader: DataLoader, missing: Tally | None) -> Iterator[dict]:
+    """The batches, with warnings of bad samples and, if they are to be counted, of missing captions."""
+    named: set[str] = set()
     for batch in loader:
         if isinstance(batch, WuerstchenError):
             break
-        for message in batch.pop("told"):
-            if message not in told and len(told) < TOLD:
-                told.add(message)
-                last = "; more of them are only counted" if len(told) == TOLD else ""
-                log.warning("skipped %s%s", " ".join(message.split()), last)
+        for message in batch.pop("messages"):
+            if message not in named and len(named) < NAMED:
+                named.add(message)
+                last = "; more of them are only counted" if len(named) == NAMED else ""
+                log.warning("skipped %s%s", message, last)
+        if missing is not None:
+            bare = [key for key, caption in zip(batch["key"], batch["caption"], strict=True) if not caption]
+            if missing.add(len(bare), len(batch["key"])):
+                log.warning(
+                    "%d of %d pictures so far have no caption and are learned with an empty one, such as %s",
+                    missing.faulty,
+                    missing.total,
+                    readable(bare[0]),
+                )
         yield batch
     raise batch  # here, where the loader's processes have ended: without an error there is no end
 

@@ -1,6 +1,6 @@
 """Aspect-ratio buckets: a few picture sizes of about the same area, so that a batch has one size and little is cut off.
 
-The idea is NovelAI's (2022); a picture goes to the bucket whose aspect ratio is nearest, as ratios compare.
+The idea is NovelAI's (2022); a picture goes to the bucket whose aspect ratio is nearest on a logarithmic scale.
 """
 
 import math
@@ -12,15 +12,15 @@ from torch import Tensor
 from ...geometry import WORK_STEP
 from ...util.errors import WuerstchenError
 
-LONGEST = 2  # a bucket's longer side over its shorter one, at most
+LONGEST = 2  # largest ratio of a bucket's longer side to its shorter one
 
 Size = tuple[int, int]  # (height, width) in pixels
 
 
 def bucket_sizes(size: int) -> list[Size]:
-    """Sizes of about `size` x `size` pixels, from upright to lying; their sides are multiples of 64.
+    """Sizes of about `size` x `size` pixels, from portrait to landscape; their sides are multiples of 64.
 
-    For every side it is the other side that comes nearest to the area. Raises WuerstchenError where `size` is no
+    Each side is paired with the other side that comes nearest to the area. Raises WuerstchenError if `size` is not a
     multiple of 64.
     """
     if size < WORK_STEP or size % WORK_STEP:
@@ -38,14 +38,14 @@ def nearest_size(sizes: Sequence[Size], size: Size) -> Size:
     return min(sizes, key=lambda s: abs(math.log(s[0] / s[1]) - ratio))
 
 
-def fit(image: Tensor, size: Size) -> Tensor:
-    """image (3, H, W) in [0, 1] -> its middle (3, *size) in [0, 1], scaled so that it just covers `size`.
+def crop_and_resize(image: Tensor, size: Size) -> Tensor:
+    """image (3, H, W) in [0, 1] -> its centre (3, *size) in [0, 1], scaled so that it just covers `size`.
 
-    What would be cut off is cut off first: a picture of any shape takes no more memory than before.
+    It is cropped before it is resized, so that a picture of any shape needs no more memory than it has already.
     """
-    have = image.shape[1:]
-    scale = max(wanted / side for wanted, side in zip(size, have))
-    rows, columns = (min(side, max(1, round(wanted / scale))) for wanted, side in zip(size, have))
-    top, left = (have[0] - rows) // 2, (have[1] - columns) // 2
-    middle = image[None, :, top : top + rows, left : left + columns]
-    return F.interpolate(middle, size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    rows, columns = image.shape[1:]
+    scale = max(size[0] / rows, size[1] / columns)
+    height, width = min(rows, max(1, round(size[0] / scale))), min(columns, max(1, round(size[1] / scale)))
+    top, left = (rows - height) // 2, (columns - width) // 2
+    centre = image[None, :, top : top + height, left : left + width]
+    return F.interpolate(centre, size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)

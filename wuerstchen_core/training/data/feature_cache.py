@@ -1,4 +1,4 @@
-"""Features of samples on disk: what frozen networks make of pictures and captions is computed once."""
+"""A cache on disk of the features that frozen networks compute from pictures and captions."""
 
 import hashlib
 import zlib
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ...checkpoints.safetensors_file import save_file
 from ...util.atomic import replacing
 from ...util.errors import WuerstchenError
+from .files import check_regular
 
 Features = dict[str, Tensor]  # such as {"semantic": (16, p, q), "latent": (4, h, w), "text": (L, width)}
 
@@ -19,12 +20,12 @@ CHECKSUM = "crc32"
 
 
 class FeatureCache:
-    """A folder with a small safetensors file for each sample, its tensors as they were given.
+    """A folder with a small safetensors file for each sample, which holds its tensors as they were given.
 
-    Features made with one set of weights are never taken for those of another: `fingerprint`, from the function of that
-    name, chooses a subfolder. A sample is found by its address, from `address`.
+    `fingerprint` chooses a subfolder, so that features of other weights (see the function of that name), or computed in
+    another way, are kept apart. A sample is found by its address, from `address`.
 
-    Raises WuerstchenError where the folder can't be made.
+    Raises WuerstchenError if the folder can't be made.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str):
@@ -35,28 +36,29 @@ class FeatureCache:
             raise WuerstchenError(f"{folder}: features can't be kept there ({error.strerror})") from error
 
     def find(self, address: str) -> Features | None:
-        """The features of one sample, or None where they are missing or the file is damaged."""
+        """The features of one sample, or None if they are missing or the file is damaged."""
         try:
+            check_regular(self._path(address))
             with safe_open(self._path(address), framework="pt") as file:
                 features = {name: file.get_tensor(name) for name in file.keys()}
                 whole = file.metadata() == {CHECKSUM: _checksum(features)}
-        except (OSError, SafetensorError):
+        except (OSError, ValueError, SafetensorError):
             return None
         return features if whole else None
 
     def read(self, addresses: Sequence[str]) -> Features | None:
-        """The features of some samples, stacked: (B, …) each. None where those of one are missing, or don't stack."""
+        """The features of some samples, stacked: (B, …) each. None if one has none, or if they can't be stacked."""
         found = [self.find(address) for address in addresses]
         return None if None in found else stacked(found)
 
     def write(self, addresses: Sequence[str], features: Features) -> None:
-        """Keeps stacked features, (B, …) each, for B samples. Raises WuerstchenError where they can't be written."""
+        """Keeps stacked features, (B, …) each, for B samples. Raises WuerstchenError if they can't be written."""
         for number, address in enumerate(addresses):
             own = {name: tensor[number].detach().cpu().contiguous().clone() for name, tensor in features.items()}
             path = self._path(address)
             try:
                 path.parent.mkdir(exist_ok=True)
-                with replacing(path) as partial:
+                with replacing(path, sync=False) as partial:  # a damaged file is found by its checksum
                     save_file(own, partial, metadata={CHECKSUM: _checksum(own)})
             except (OSError, SafetensorError) as error:
                 raise WuerstchenError(f"{path}: features could not be written ({error})") from error
@@ -66,12 +68,12 @@ class FeatureCache:
 
 
 def address(key: str, stamp: str, size: tuple[int, int], caption: str) -> str:
-    """Where the features of a sample are: it changes with the picture (`stamp`), its size in pixels and its caption."""
+    """Where the features of a sample are: another address for each picture (`stamp`), size in pixels and caption."""
     return _digest(repr((key, stamp, size, caption)))
 
 
 def fingerprint(*paths: str | Path) -> str:
-    """What tells the weights in some files, or folders of files, from all others: a hash of their content, in order.
+    """A hash of the content of some files, or folders of files, in this order.
 
     Reads them whole. Raises WuerstchenError naming one that can't be read.
     """
@@ -84,7 +86,7 @@ def fingerprint(*paths: str | Path) -> str:
 
 
 def stacked(features: Sequence[Features]) -> Features | None:
-    """Features of single samples -> (B, …) each, or None where their names or shapes differ."""
+    """Features of single samples -> (B, …) each, or None if their names or shapes differ."""
     kinds = {tuple((name, one[name].shape, one[name].dtype) for name in sorted(one)) for one in features}
     if len(kinds) != 1:
         return None
@@ -94,11 +96,14 @@ def stacked(features: Sequence[Features]) -> Features | None:
 def _content_digest(path: Path) -> bytes:
     content = hashlib.blake2b(digest_size=32)
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             while chunk := file.read(1 << 22):
                 content.update(chunk)
     except OSError as error:
         raise WuerstchenError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise WuerstchenError(f"{path}: cannot be read ({error})") from error
     return content.digest()
 
 

@@ -1,11 +1,15 @@
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
-from ..options import option
+from ...util.errors import WuerstchenError
+from ..options import check_at_least, option
 from .batches import open_batches
 from .feature_cache import FeatureCache
+from .shards import expand, is_shard
 from .sources import Source, recognised
 
 
@@ -14,13 +18,24 @@ class DataOptions:
     """What a run learns from."""
 
     data: str = option(
-        help="a folder of pictures with captions, shards ({000..099}.tar, pipe:…, s3://…) or a data set of ours"
+        help="a folder of pictures with captions, shards ({000..099}.tar, s3://...; on the command line also pipe:...) "
+        "or a registered data set"
     )
     size: int = option(1024, "pictures have about size x size pixels")
-    batch: int = option(8, "pictures in a batch; with several processes, in each of theirs")
-    workers: int = option(4, "processes that load pictures; 0: the training itself does")
-    buckets: bool = option(True, "several aspect ratios, up to 2:1; false: all pictures are cut square")
-    cache: str = option("", "a folder that keeps what the frozen networks make of pictures and captions; empty: none")
+    batch: int = option(8, "batch size of each process")
+    workers: int = option(4, "processes that load pictures; 0: the training process loads them")
+    buckets: bool = option(True, "several aspect ratios, up to 2:1; false: all pictures are cropped to squares")
+    caption_key: str = option(
+        "", "key of the caption in .json and metadata files; empty: caption, text or prompt, in this order"
+    )
+    allow_empty_captions: bool = option(False, "train even if no picture has a caption")
+    cache: str = option("", "folder that keeps the frozen networks' features of pictures and captions; empty: none")
+
+    def __post_init__(self):
+        if not self.data.strip():
+            raise WuerstchenError("data is empty: name a folder of pictures with captions, or shards")
+        check_at_least(1, self, "size", "batch")
+        check_at_least(0, self, "workers")
 
     @property
     def source(self) -> Source | str:
@@ -28,8 +43,16 @@ class DataOptions:
         return recognised(self.data) or self.data
 
     def open(
-        self, seed: int, first: int = 0, rank: int = 0, world: int = 1, cache: FeatureCache | None = None
+        self,
+        seed: int,
+        first: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        cache: FeatureCache | None = None,
+        reads_captions: bool = False,
     ) -> Iterator[dict]:
+        """`open_batches` with these options; `reads_captions` says whether a missing caption matters."""
+        captions = ("optional" if self.allow_empty_captions else "required") if reads_captions else "unused"
         return open_batches(
             self.source,
             self.size,
@@ -41,8 +64,25 @@ class DataOptions:
             workers=self.workers,
             first=first,
             cache=cache,
+            captions=captions,
+            caption_key=self.caption_key,
         )
 
     def first_pictures(self, count: int) -> Tensor:
-        """(count, 3, H, W) in [0, 1], square, always the same ones: what samples show."""
+        """(count, 3, H, W) in [0, 1], square and always the same ones, for samples."""
         return next(replace(self, batch=count, buckets=False, workers=0).open(seed=0))["image"]
+
+
+def check_no_commands(table: Mapping[str, Any], path: str) -> None:
+    """Raises WuerstchenError if the data named in a configuration file is read by a command.
+
+    A configuration may come from somebody else, and would run whatever they please.
+    """
+    data = table.get("data")
+    if not isinstance(data, str) or os.path.isdir(data) or not is_shard(data):
+        return
+    if any(url.lower().startswith("pipe:") for url in expand(data)):
+        raise WuerstchenError(
+            f"{path}: data runs a command (pipe:), which a configuration file must not do: give it on the command line "
+            "with --data"
+        )

@@ -1,6 +1,7 @@
-"""Sources: sets of pictures with captions, by number. A folder is one."""
+"""Sources: data sets whose pictures and captions have numbers. A folder is one."""
 
-import os
+import logging
+import posixpath
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +12,18 @@ from torch import Tensor
 
 from ...util import pictures
 from ...util.errors import WuerstchenError
+from .captions import FolderCaptions
+from .files import check_regular, readable, walk
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # whatever a file's name: some of Pillow's other formats start programs
 
+log = logging.getLogger(__name__)
+
 
 @runtime_checkable
 class Source(Protocol):
-    """`len(source)` pictures with captions. What `size` and `load` raise makes a sample a bad one, nothing worse."""
+    """`len(source)` pictures with captions. A sample for which `size` or `load` raises is skipped as a bad one."""
 
     def __len__(self) -> int: ...
 
@@ -29,7 +34,7 @@ class Source(Protocol):
         """(height, width) in pixels of the picture of sample `i`, known without decoding it."""
 
     def load(self, i: int, generator: random.Random) -> tuple[Tensor, str]:
-        """Sample `i`: image (3, H, W) float32 in [0, 1] and caption. What is random follows from the generator."""
+        """Sample `i`: image (3, H, W) float32 in [0, 1] and caption. All randomness comes from the generator."""
 
 
 @runtime_checkable
@@ -40,30 +45,29 @@ class FixedSource(Source, Protocol):
         """The caption that `load` gives."""
 
     def stamp(self, i: int) -> str:
-        """Something that changes when the picture of sample `i` does; cheaper than decoding it."""
+        """Something that changes whenever the picture of sample `i` does, found without decoding it."""
 
 
 class FolderSource:
-    """The pictures in a folder and all below it, each with its caption in `name.txt` beside `name.jpg`.
+    """The pictures in a folder and all folders below it, with the captions that `FolderCaptions` finds for them.
 
-    Pictures end in .jpg, .jpeg, .png or .webp; a caption is UTF-8, and "" where there is no such file. Names that begin
-    with a dot are left out, and links to folders are not followed.
+    Pictures end in .jpg, .jpeg, .png or .webp, in any case. Hidden files and what other programs leave behind are left
+    out; linked folders are followed. `caption_key` names the key of captions in JSON and metadata files.
 
-    Raises WuerstchenError where there is no such folder, or no picture in it.
+    Raises WuerstchenError if there is no such folder or no picture in it.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, caption_key: str = ""):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise WuerstchenError(f"{folder}: there is no such folder")
+        if not str(folder).strip() or not self.folder.is_dir():
+            raise WuerstchenError(f"{readable(folder)}: there is no such folder")
+        files = list(walk(self.folder))
         self.keys = sorted(
-            Path(parent, name).relative_to(self.folder).as_posix()
-            for parent, _, names in os.walk(self.folder)
-            for name in names
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            posixpath.join(inside, name) for inside, names in files for name in names if name.lower().endswith(SUFFIXES)
         )
         if not self.keys:
-            raise WuerstchenError(f"{folder}: there is no picture in it ({', '.join(SUFFIXES)})")
+            raise WuerstchenError(f"{readable(folder)}: there is no picture in it ({', '.join(SUFFIXES)})")
+        self._captions = FolderCaptions(self.folder, files, caption_key)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -72,22 +76,50 @@ class FolderSource:
         return self.keys[i]
 
     def size(self, i: int) -> tuple[int, int]:
-        return pictures.size_of(self.folder / self.keys[i], FORMATS)
+        return pictures.size_of(self._picture(i), FORMATS)
 
     def load(self, i: int, generator: random.Random) -> tuple[Tensor, str]:
         text = self.caption(i)
-        return rearrange(pictures.decode(self.folder / self.keys[i], FORMATS), "h w c -> c h w"), text
+        return rearrange(pictures.decode(self._picture(i), FORMATS), "h w c -> c h w"), text
 
     def caption(self, i: int) -> str:
-        path = (self.folder / self.keys[i]).with_suffix(".txt")
-        try:
-            return read_caption(path.read_bytes())
-        except FileNotFoundError:
-            return ""
+        """The caption, or "" if there is none. Raises OSError or ValueError if it can't be read."""
+        return self._captions.find(self.keys[i]) or ""
 
     def stamp(self, i: int) -> str:
         status = (self.folder / self.keys[i]).stat()
         return f"{status.st_size} {status.st_mtime_ns}"
+
+    def check_captions(self, required: bool) -> None:
+        """Warns of the number of pictures without a caption.
+
+        Raises WuerstchenError if captions are required and all are missing or empty.
+        """
+        missing = [key for key in self.keys if not self._captions.has(key)]
+        if required and (len(missing) == len(self) or not any(map(self._has_text, range(len(self))))):
+            raise WuerstchenError(
+                f"{readable(self.folder, 150)}: none of its {len(self)} pictures has a caption (NAME.txt, "
+                "NAME.caption, NAME.json, metadata.jsonl or metadata.csv); --caption-key names the caption's key in "
+                "the last three, and --allow-empty-captions true trains without captions"
+            )
+        if missing:
+            log.warning(
+                "%d of %d pictures have no caption and are learned with an empty one, such as %s",
+                len(missing),
+                len(self),
+                readable(missing[0]),
+            )
+
+    def _has_text(self, i: int) -> bool:
+        try:
+            return bool(self.caption(i))
+        except Exception:  # a bad sample: it is skipped, and reported, when it is loaded
+            return False
+
+    def _picture(self, i: int) -> Path:
+        path = self.folder / self.keys[i]
+        check_regular(path)
+        return path
 
 
 Recogniser = Callable[[str], Source | None]
@@ -95,17 +127,12 @@ _RECOGNISERS: list[Recogniser] = []
 
 
 def register(recogniser: Recogniser) -> None:
-    """Makes another kind of data set known: `recogniser` gets what `data` names and returns its source, or None."""
+    """Makes another kind of data set known: `recogniser` takes the value of `data` and returns its source, or None."""
     if recogniser not in _RECOGNISERS:
         _RECOGNISERS.append(recogniser)
 
 
 def recognised(data: str) -> Source | None:
-    """The source that a registered kind of data set makes of `data`, or None where it is none of them."""
-    sources = (recogniser(data) for recogniser in _RECOGNISERS)
-    return next((source for source in sources if source is not None), None)
-
-
-def read_caption(content: bytes) -> str:
-    """The content of a caption file -> its text. Raises UnicodeDecodeError where it is not UTF-8."""
-    return content.decode("utf-8-sig").strip()
+    """The source that a registered recogniser makes of `data`, or None if none of them knows it."""
+    found = (recogniser(data) for recogniser in _RECOGNISERS)
+    return next((source for source in found if source is not None), None)

@@ -1,4 +1,4 @@
-"""The randomness of training: it follows from a sample's number, not from process, device or resumption."""
+"""The random numbers of training: they depend on a sample's number, not on process, device or resumption."""
 
 import hashlib
 import random
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Draws:
-    """What is random in one micro-batch: a generator for each sample, seeded with the run's seed and its number.
+    """The random numbers of one micro-batch: one generator per sample, seeded with the run's seed and its number.
 
     Two processes with half the batch each draw what one with the whole batch draws.
     """
 
     def __init__(self, seed: int, step: int, batch: int, *, micro: int | None = None, rank: int = 0, world: int = 1,
                  device: str | torch.device = "cpu"):  # fmt: skip
-        """`micro` counts micro-batches from the beginning of the run (the step, where they are the same)."""
+        """`micro` counts micro-batches from the beginning of the run (by default the step)."""
         self.step = step
         self.device = torch.device(device)
         micro = step if micro is None else micro

@@ -1,3 +1,4 @@
+import os
 import signal
 import sys
 import threading
@@ -6,10 +7,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """While it is entered, the first SIGINT (Ctrl-C) or SIGTERM only sets `asked`; a second one ends the process."""
+    """While it is entered, the first SIGINT (Ctrl-C) or SIGTERM only sets `asked`; a second one ends the process.
 
-    def __init__(self):
-        self.asked = False
+    With `launched`, the end of the parent process, such as `accelerate launch`, asks as well.
+    """
+
+    def __init__(self, launched: bool = False):
+        self._asked = False
+        self._parent = os.getppid() if launched else None
         self._before = {}
 
     def __enter__(self) -> "Interrupts":
@@ -21,8 +26,33 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @property
+    def asked(self) -> bool:
+        if self._parent is not None and os.getppid() != self._parent:
+            self._parent = None
+            self._asked = True
+            _tell("the launcher has ended: stopping after this step, and saving")
+        return self._asked
+
+    def defer_loaders(self) -> None:
+        """From now on the death of a loader's process is told where the next batch is asked for.
+
+        torch's own handler raises wherever the program is, even between the updates of two weights. It is installed
+        with the first batch, so this is to be called after it.
+        """
+        if self._before and hasattr(signal, "SIGCHLD") and signal.SIGCHLD not in self._before:
+            self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
     def _ask(self, number: int, frame) -> None:
-        self.asked = True
+        self._asked = True
         for other in SIGNALS:
             signal.signal(other, signal.SIG_DFL)
-        print("\nstopping behind this step, and saving; once more to end at once", file=sys.stderr, flush=True)
+        _tell("stopping after this step, and saving; once more to end at once")
+
+
+def _tell(message: str) -> None:
+    """Past `sys.stderr`, which the signal may have interrupted in its own writing."""
+    try:
+        os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
+    except (AttributeError, OSError, ValueError):  # there is none
+        pass

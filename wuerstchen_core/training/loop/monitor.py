@@ -1,7 +1,9 @@
-"""What a run shows of itself: a progress bar, tensorboard's logs, and pictures."""
+"""Progress bar, tensorboard logs and samples of a run."""
 
 import logging
 import math
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -10,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ...util.atomic import replacing
-from ...util.errors import WuerstchenError
+from ...util.errors import WuerstchenError, first_line
 from .task import Task
 
 log = logging.getLogger(__name__)
@@ -21,7 +24,8 @@ log = logging.getLogger(__name__)
 class Monitor:
     """Shows and writes on the main process, and does nothing on the others.
 
-    What an earlier run has logged behind step `first` no longer counts.
+    What an earlier run has logged after step `first` no longer counts. While it is entered, warnings are printed above
+    the progress bar.
     """
 
     def __init__(self, folder: Path, first: int, steps: int, is_main: bool):
@@ -32,7 +36,12 @@ class Monitor:
         self._bar = tqdm(
             initial=self.first, total=self.steps, desc=self.folder.name, smoothing=0.05, disable=not self.is_main
         )
+        self._entered = ExitStack()
         self._writer = self._opened() if self.is_main else None
+        if self.is_main:
+            self._entered.enter_context(logging_redirect_tqdm())
+            self._entered.callback(setattr, threading, "excepthook", threading.excepthook)
+            threading.excepthook = _without_tensorboard(threading.excepthook)
         return self
 
     def __exit__(self, *error) -> None:
@@ -42,12 +51,15 @@ class Monitor:
                 self._writer.close()
             except OSError:  # a full disk: what ended the run tells of it
                 pass
+        self._entered.close()
 
     def _opened(self):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise WuerstchenError("training needs tensorboard: pip install -e '.[train]'") from error
+            raise WuerstchenError(
+                f"training needs tensorboard, which can't be imported ({first_line(error)}): pip install -e '.[train]'"
+            ) from error
         return SummaryWriter(str(self.folder / "logs"), purge_step=self.first + 1 if self.first else None)
 
     def progress(self, loss: float) -> None:
@@ -63,18 +75,18 @@ class Monitor:
             self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """So that what a checkpoint stands behind is in the logs."""
+        """Writes out what was logged: a checkpoint's steps are to be in the logs."""
         if self._writer is not None:
             self._writer.flush()
 
-    def samples(self, step: int, averaged: Task) -> None:
-        """The averaged weights' samples as a grid. A network that can't draw yet is told of, nothing worse.
+    def samples(self, step: int, shown: Task) -> None:
+        """The task's samples as a grid. If the network can't draw yet, that is logged and the run goes on.
 
-        Raises WuerstchenError where the picture can't be written.
+        Raises WuerstchenError if the picture can't be written.
         """
         try:
             with torch.no_grad():
-                pictures = averaged.samples()
+                pictures = shown.samples()
         except WuerstchenError as error:
             log.warning("there are no samples of step %d: %s", step, error)
             return
@@ -89,6 +101,11 @@ class Monitor:
         except OSError as error:
             raise WuerstchenError(f"{path}: could not be written ({error.strerror or error})") from error
         self._writer.add_image("samples", grid.numpy(), step, dataformats="HWC")
+
+
+def _without_tensorboard(hook):
+    """Not the traceback of a tensorboard thread that could not write: its error is raised in ours as well."""
+    return lambda failed: None if type(failed.thread).__module__.startswith("tensorboard") else hook(failed)
 
 
 def _grid(pictures: Tensor) -> Tensor:

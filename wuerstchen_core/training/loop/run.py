@@ -1,60 +1,64 @@
-"""The training of a task: AdamW, warm-up, averaged weights, checkpoints from which a run goes on as if never stopped.
+"""The training loop: AdamW, warm-up, averaged weights (EMA), and checkpoints that a run resumes from exactly.
 
-It runs on one process, or on those that `accelerate launch` starts (DDP or FSDP). What a step sees follows from its
-number alone, and so do the learning rate and all that is random: a checkpoint needs no random states and no position in
+It runs on one process, or on those that `accelerate launch` starts (DDP or FSDP). A step's batch,
+learning rate and random numbers follow from its number alone: a checkpoint holds no random states, and no position in
 the data but the number of steps.
 """
 
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ...util.errors import WuerstchenError
+from ...util.errors import WuerstchenError, first_line
 from ..data.feature_cache import FeatureCache
 from ..options import check_above_zero, check_at_least, check_shares, option
 from .draws import Draws
 from .gradient_checkpointing import checkpoint_blocks
 from .interrupts import Interrupts
+from .lock import locked
 from .monitor import Monitor
-from .state import RunState, together, unsharded
+from .state import RunState, together
 from .task import Task
+from .weights import unsharded
 
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("", "no", "fp16", "bf16")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-OVERFLOWS = 100  # steps in a row that float16's gradients may overflow in, while their scale is looked for
+OVERFLOWS = 100  # consecutive steps whose float16 gradients may overflow, until their scale is found
 
 Batches = Callable[[int, int, int], Iterator[dict]]  # (first, rank, world) -> what `data.open_batches` gives
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast a network learns."""
+    """Length of a run, learning rate, averaging, and how often it is saved."""
 
     steps: int = option(help="number of updates of the weights")
-    learning_rate: float = option(1e-4, "AdamW's learning rate, once it is warm")
-    warm_up: int = option(10_000, "steps in which the learning rate rises to that")
-    cool_down: float = option(0.0, "share of the steps, the last ones, in which the learning rate falls to zero")
+    learning_rate: float = option(1e-4, "AdamW's learning rate after the warm-up")
+    warm_up: int = option(10_000, "steps in which the learning rate rises from 0 to its value")
+    cool_down: float = option(0.0, "fraction of the steps, at the end, in which the learning rate falls to 0")
     weight_decay: float = option(0.01, "AdamW's weight decay")
-    gradient_norm: float = option(1.0, "a longer gradient is shortened to this")
-    accumulate: int = option(1, "batches to a step; as if the batch were so many times larger")
-    ema_every: int = option(100, "steps between two averages of the weights")
-    ema_decay: float = option(0.9, "share of the average that stays at each; less at the beginning")
+    gradient_norm: float = option(1.0, "maximum gradient norm (clipping)")
+    accumulate: int = option(1, "batches per step (gradient accumulation)")
+    ema_every: int = option(100, "steps between two updates of the average of the weights (EMA)")
+    ema_decay: float = option(0.9, "EMA decay; at update n at most n / (10 + n)")
     save_every: int = option(1000, "steps between two checkpoints, each with the averaged weights as loadable files")
     sample_every: int = option(1000, "steps between two grids of samples; 0: none")
     log_every: int = option(10, "steps between two entries in tensorboard's logs")
-    mixed_precision: str = option("", "no, fp16 or bf16; empty: what `accelerate launch` says, else no")
-    gradient_checkpointing: bool = option(False, "compute blocks again for the gradient: less memory, a third slower")
-    dtype: str = option("float32", "of the weights in the loadable files: float32, float16 or bfloat16")
-    seed: int = option(0, "of the first weights, the order of the data and all that is random")
+    mixed_precision: str = option("", "no, fp16 or bf16; empty: as `accelerate launch` says, otherwise no")
+    gradient_checkpointing: bool = option(False, "recompute activations for the gradient: less memory, a third slower")
+    dtype: str = option("float32", "precision of the weights in the loadable files: float32, float16 or bfloat16")
+    seed: int = option(0, "seed of the initial weights, the order of the data and everything else that is random")
 
     def __post_init__(self):
         check_at_least(1, self, "steps", "accumulate", "ema_every", "save_every", "log_every")
@@ -66,52 +70,97 @@ class Plan:
                 raise WuerstchenError(f"{name} is {getattr(self, name)!r}: take one of {', '.join(known).lstrip(', ')}")
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: up, level, down to zero."""
+        """The learning rate of a step, counted from 0: warm-up, constant, cool-down to 0."""
         warming = (step + 1) / self.warm_up if self.warm_up else 1.0
         cooling = (self.steps - step) / (self.cool_down * self.steps) if self.cool_down else 1.0
         return self.learning_rate * min(1.0, warming, cooling)
 
     def decay(self, averaged: int) -> float:
-        """What stays of the average at its `averaged`-th update, counted from 1: at first it forgets faster."""
+        """The EMA decay at the average's `averaged`-th update, counted from 1: lower at first."""
         return min(self.ema_decay, averaged / (10 + averaged))
 
 
-def train(task: Task, plan: Plan, folder: str | Path, batches: Batches, cache: FeatureCache | None = None) -> None:
-    """Train `task` to the end of the plan, from where the last run in `folder` has stopped.
+def train(
+    task: Task,
+    plan: Plan,
+    folder: str | Path,
+    batches: Batches,
+    cache: FeatureCache | None = None,
+    facts: Callable[[], dict] = dict,
+) -> None:
+    """Train `task` to the end of the plan, from where the last run in `folder` stopped.
 
-    The folder gets `checkpoint.pt`, the averaged weights as the loaders take them (`Task.export`), `samples/` and
-    tensorboard's `logs/`. Of several processes the first one writes them; all of them read the checkpoint.
+    The folder gets `checkpoint.pt` (and the one before it, `checkpoint-before.pt`), the averaged weights as the loaders
+    take them (`Task.export`), `samples/` and tensorboard's `logs/`. Of several processes the first one writes them and
+    locks the folder; all of them read the checkpoint.
 
     Args:
-        batches: opens the data behind its `first` batches, for one of the processes.
+        batches: opens the data after its `first` batches, for one of the processes.
         cache: keeps what the task's frozen networks make of samples; the one that `batches` reads from.
+        facts: what the batches depend on; a change since the checkpoint is told (see `record`).
 
     Raises:
-        WuerstchenError: a loss or gradient is no number any more, something can't be written, the data gave out, or the
-            checkpoint belongs to another task. What was saved before is intact.
+        WuerstchenError: another run is using the folder, a loss, a gradient or the weights are not finite, something
+            can't be written, the data ran out, another process was lost, or the checkpoint belongs to another task.
+            What was saved before is intact.
         KeyboardInterrupt: SIGINT or SIGTERM came; the run was saved, and the message says how to go on.
     """
     accelerator = _accelerator(plan, task)
     folder = Path(folder)
-    state = RunState(task, plan, folder, accelerator)
+    state = RunState(task, plan, folder, accelerator, facts)
+    with ExitStack() as stack:
+        try:
+            together(accelerator, lambda: stack.enter_context(_kept(folder)) and None)
+            _train(state, batches, cache)
+        except (RuntimeError, MemoryError) as error:
+            explained = _explained(error, state)
+            if explained is None:
+                raise
+            raise explained from error
+
+
+@contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """The run's folder, made and locked."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WuerstchenError(f"{folder}: the run can't be kept there ({error.strerror})") from error
+    with locked(folder):
+        yield
+
+
+def _train(state: RunState, batches: Batches, cache: FeatureCache | None) -> None:
+    task, plan, folder, accelerator = state.task, state.plan, state.folder, state.accelerator
+    dtype = DTYPES[plan.dtype]
     first = state.resume()
     if first >= plan.steps:
-        together(accelerator, lambda: state.export(DTYPES[plan.dtype]))
-        accelerator.print(f"{folder}: all of its {plan.steps} steps are done; to go on, give more with --steps")
+        state.export(first, dtype)
+        accelerator.print(f"{folder}: all of its {first} steps are done; to go on, give more with --steps")
         return
     if plan.gradient_checkpointing:
         checkpoint_blocks(task)
     model, optimizer = state.prepare()
     stream = batches(first * plan.accumulate, accelerator.process_index, accelerator.num_processes)
-    with Monitor(folder, first, plan.steps, accelerator.is_main_process) as monitor, Interrupts() as interrupts:
+    is_launched = accelerator.num_processes > 1
+    with (
+        Monitor(folder, first, plan.steps, accelerator.is_main_process) as monitor,
+        Interrupts(is_launched) as interrupts,
+    ):
         learner = _Learner(task, model, optimizer, plan, accelerator, cache, state)
         for step in range(first, plan.steps):
             try:
                 micro_batches = [next(stream) for _ in range(plan.accumulate)]
-            except WuerstchenError:
+            except (WuerstchenError, RuntimeError) as error:
                 if accelerator.num_processes == 1 and step > state.saved:
-                    state.save(step, DTYPES[plan.dtype], monitor)
-                raise
+                    state.save(step, dtype, monitor)
+                if isinstance(error, WuerstchenError):
+                    raise
+                raise WuerstchenError(
+                    f"a process that loads data has ended ({first_line(error)}): was there too little memory? Try "
+                    f"fewer --workers; {state.remains()}, and the same command goes on from there"
+                ) from error
+            interrupts.defer_loaders()
             losses, norm, stop = learner.step(step, micro_batches, interrupts)
             done = step + 1
             monitor.progress(sum(losses.values()))
@@ -121,14 +170,32 @@ def train(task: Task, plan: Plan, folder: str | Path, batches: Batches, cache: F
             if done % plan.ema_every == 0:
                 state.average(plan.decay(done // plan.ema_every))
             if done % plan.save_every == 0 or done == plan.steps or stop:
-                state.save(done, DTYPES[plan.dtype], monitor)
+                state.save(done, dtype, monitor)
             if plan.sample_every and not stop and (done % plan.sample_every == 0 or done == plan.steps):
-                together(accelerator, lambda: monitor.samples(done, state.averaged))
+                together(accelerator, partial(monitor.samples, done, state.shown(done)))
             if stop and done < plan.steps:
                 raise KeyboardInterrupt(
-                    f"stopped after step {done}, which {state.checkpoint} has: the same command goes on from there"
+                    f"stopped after step {done}, which {state.checkpoints.last} has: the same command goes on from "
+                    "there"
                 )
     accelerator.print(f"{folder}: done; it has {', '.join(path.name for path in state.exported)}")
+
+
+def _explained(error: Exception, state: RunState) -> WuerstchenError | None:
+    """What the user can do about an error of torch's, or None."""
+    told = str(error)
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in told:
+        return WuerstchenError(
+            f"out of memory ({first_line(error)}): try a smaller --batch with more --accumulate, or "
+            f"--gradient-checkpointing true; {state.remains()}"
+        )
+    if state.accelerator.num_processes > 1:
+        if isinstance(error, dist.DistError) or any(name in told for name in ("gloo", "NCCL", "ncclInternal")):
+            return WuerstchenError(
+                f"another process of this run has ended, or can't be reached ({first_line(error)}); {state.remains()}: "
+                "once all of them have ended, the same command goes on from there"
+            )
+    return None
 
 
 @dataclass
@@ -143,8 +210,8 @@ class _Learner:
     overflows: int = 0
 
     def step(self, step: int, batches: list[dict], interrupts: Interrupts) -> tuple[dict[str, float], float, bool]:
-        """One update of the weights -> the losses and the gradient's norm, as all processes have them together, and
-        whether one of them was asked to stop."""
+        """One update of the weights -> the losses and the gradient norm, averaged over all processes, and whether one
+        of them was asked to stop."""
         plan, accelerator = self.plan, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = plan.rate(step)
@@ -161,9 +228,14 @@ class _Learner:
         seen = torch.stack([*sums.values(), norm.to(accelerator.device).float()])
         seen = torch.cat([seen, seen.new_tensor([float(interrupts.asked)])])
         *values, norm, stop = accelerator.reduce(seen, "mean").tolist()
-        losses = dict(zip(sums, values))
+        losses = dict(zip(sums, values, strict=True))
         self._check(step, losses, norm)
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except (RuntimeError, OverflowError) as error:
+            if "overflow" not in str(error):
+                raise
+            raise self.state.failure(step + 1, "the update of its weights overflows") from error
         return losses, norm, stop > 0
 
     def _forward(self, step: int, micro: int, batch: dict) -> dict[str, Tensor]:
@@ -176,7 +248,7 @@ class _Learner:
 
     @torch.no_grad()
     def _featured(self, batch: dict) -> dict:
-        """The batch on the device, with its features, rounded to float16 whether they come from the cache or not."""
+        """The batch on the device with its features, which are rounded to float16 whether cached or not."""
         device = self.accelerator.device
         batch = dict(batch)
         if "image" in batch:
@@ -195,19 +267,14 @@ class _Learner:
         }
 
     def _check(self, step: int, losses: dict[str, float], norm: float) -> None:
-        """Raises WuerstchenError, in all processes, where there are losses or gradients that are no numbers."""
+        """Raises WuerstchenError, in all processes, if losses or gradients are not finite."""
         overflows = self.accelerator.scaler is not None and not math.isfinite(norm)
         self.overflows = self.overflows + 1 if overflows else 0
         passes = overflows and self.overflows < OVERFLOWS
         if all(map(math.isfinite, losses.values())) and (math.isfinite(norm) or passes):
             return
         told = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        saved = f"the last good state is in {self.state.checkpoint}" if self.state.saved else "nothing was saved yet"
-        raise WuerstchenError(
-            f"step {step + 1} went wrong: loss {told}, gradient norm {norm:.4g}. Try a lower learning rate than "
-            f"{self.plan.learning_rate:g}, a longer warm-up than {self.plan.warm_up}, or another precision; {saved}"
-            + (f", of step {self.state.saved}" if self.state.saved else "")
-        )
+        raise self.state.failure(step + 1, f"loss {told}, gradient norm {norm:.4g}", suspect=True)
 
 
 def _half(value: Tensor) -> Tensor:
@@ -218,7 +285,9 @@ def _accelerator(plan: Plan, task: Task):
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError as error:
-        raise WuerstchenError("training needs accelerate: pip install -e '.[train]'") from error
+        raise WuerstchenError(
+            f"training needs accelerate, which can't be imported ({first_line(error)}): pip install -e '.[train]'"
+        ) from error
     try:
         accelerator = Accelerator(
             mixed_precision=plan.mixed_precision or None,
@@ -233,8 +302,8 @@ def _accelerator(plan: Plan, task: Task):
 
 
 def _set_up_sharding(plugin) -> None:
-    """FSDP2 as a task needs it: as one unit, since its networks are called part by part; with weights in the mixed
-    precision, but what they are given, losses and the sum of gradients in float32."""
+    """FSDP2 as a task needs it: one unit, because its networks are called part by part; weights in the mixed precision;
+    inputs, losses and the sum of gradients in float32."""
     if plugin.fsdp_version != 2:
         raise WuerstchenError("sharded training needs FSDP2: set fsdp_version to 2 (accelerate config)")
     plugin.auto_wrap_policy = None

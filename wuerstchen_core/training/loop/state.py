@@ -1,30 +1,36 @@
-"""What a run is made of at a step, on disk and in memory: weights, their average, the optimizer."""
+"""The state of a run at a step, in memory and on disk: weights, their average, the optimizer."""
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ...util.atomic import replacing
-from ...util.errors import WuerstchenError
+from ...util.atomic import remove_partials
+from ...util.errors import WuerstchenError, first_line
+from . import record
+from .checkpoint import Checkpoints, Damaged
 from .task import Task
+from .weights import all_finite, averaging_copy, differing, gathered, move_average, sharded
+
+KEYS = {"task": str, "step": int, "weights": dict, "averaged": dict, "optimizer": dict, "scaler": object, "run": dict}
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class RunState:
-    """The state of a run and the folder that keeps it.
+    """The state of a run and the folder that keeps it; only the main process writes there, and it holds its lock.
 
     `averaged`, on the main process alone, is a copy of the task with the averaged weights. `saved` is the last step
-    that the checkpoint has.
+    that the checkpoint has. `facts` gives what the batches depend on (see `record`); it is asked there, too.
     """
 
-    def __init__(self, task: Task, plan, folder: Path, accelerator):
-        self.task, self.plan, self.folder, self.accelerator = task, plan, folder, accelerator
+    def __init__(self, task: Task, plan, folder: Path, accelerator, facts: Callable[[], Mapping[str, Any]]):
+        self.task, self.plan, self.folder, self.accelerator, self._facts = task, plan, folder, accelerator, facts
         self.name = type(task).__name__  # sharding gives it another
-        self.checkpoint = folder / "checkpoint.pt"
+        self.checkpoints = Checkpoints(folder)
         self.saved = 0
         self.exported: list[Path] = []
         self.averaged: Task | None = None
@@ -32,13 +38,13 @@ class RunState:
         self._scaler_state: dict | None = None
 
     def resume(self) -> int:
-        """Takes up what the folder has -> the number of steps done.
+        """Loads what the folder has -> the number of steps done.
 
         Raises:
-            WuerstchenError: the folder can't be made, or its checkpoint is damaged or of another task.
+            WuerstchenError: no checkpoint in the folder can be read, or it is one of another task.
         """
-        together(self.accelerator, self._make_folder)
-        state = self._read() if self.checkpoint.exists() else None
+        together(self.accelerator, self._tidy)
+        state = self._read()
         self.saved = 0 if state is None else state["step"]
         steps = self.accelerator.gather(torch.tensor([self.saved], device=self.accelerator.device)).tolist()
         if len(set(steps)) > 1:
@@ -46,18 +52,21 @@ class RunState:
                 f"{self.folder}: not all processes see the same checkpoint: it must be on a shared disk"
             )
         if state is not None:
-            _load(self.task, state["weights"], self.checkpoint)
+            _load(self.task, state["weights"])
             self._optimizer_state, self._scaler_state = state["optimizer"], state["scaler"]
         self.task.to(self.accelerator.device)
         self.task.train()
         if self.accelerator.is_main_process:
             self.averaged = averaging_copy(self.task)
             if state is not None:
-                _load(self.averaged, state["averaged"], self.checkpoint)
+                _load(self.averaged, state["averaged"])
+                record.tell_changes(self.folder, state["step"], state["run"], self.facts)
         return self.saved
 
     def prepare(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model to call and its optimizer, as accelerate wraps them."""
+        if self.accelerator.num_processes > 1 and self.accelerator.device.type != "cpu":
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.task)  # torch has none for the CPU
         self._names = [name for name, parameter in self.task.named_parameters() if parameter.requires_grad]
         trained = [parameter for parameter in self.task.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.plan.learning_rate, weight_decay=self.plan.weight_decay)
@@ -70,42 +79,93 @@ class RunState:
         return self.model, self.optimizer
 
     def average(self, decay: float) -> None:
-        """The averaged weights move towards the present ones, by a share of 1 - decay."""
+        """Updates the averaged weights: decay * average + (1 - decay) * weights."""
         weights = self._weights()
         if self.averaged is not None:
             move_average(self.averaged, weights, decay)
+
+    def shown(self, step: int) -> Task | None:
+        """What is exported and drawn with at a step, on the main process alone; all processes must call it.
+
+        It is the averaged copy, and before the first average one with the present weights.
+        """
+        if step >= self.plan.ema_every:
+            return self.averaged
+        weights = self._weights()
+        if self.averaged is None:
+            return None
+        present = averaging_copy(self.averaged)
+        move_average(present, weights, 0.0)
+        return present
 
     def save(self, step: int, dtype: torch.dtype, monitor) -> None:
         """Writes the checkpoint and the loadable files, each whole or not at all.
 
         Raises:
-            WuerstchenError, in all processes: a file could not be written. The earlier one is as it was.
+            WuerstchenError, in all processes: the state is not finite, or a file could not be written. What was saved
+                before is as it was.
         """
-        weights, optimizer = self._weights(), self._optimizer()
+        if not self._is_finite():
+            raise self.failure(step, "its weights, their average or the optimizer's state are not finite")
+        weights, optimizer, shown = self._weights(), self._optimizer(), self.shown(step)
         scaler = self.accelerator.scaler
-        together(self.accelerator, lambda: self._write(step, weights, optimizer, scaler, dtype, monitor))
+
+        def write():
+            state = {
+                "task": self.name,
+                "step": step,
+                "weights": weights,
+                "averaged": {name: tensor.detach() for name, tensor in self.averaged.learned().items()},
+                "optimizer": optimizer,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "run": self.facts,
+            }
+            with self.told(self.folder / "logs"):
+                monitor.flush()
+            with self.told(self.checkpoints.last):
+                self.checkpoints.write(state)
+            self.saved = step
+            self._export(shown, dtype)
+
+        together(self.accelerator, write)
         self.saved = step
 
-    def export(self, dtype: torch.dtype) -> None:
-        """Writes the averaged weights as the loaders take them."""
+    def export(self, step: int, dtype: torch.dtype) -> None:
+        """Writes the weights of the last step as the loaders take them."""
+        shown = self.shown(step)
+        together(self.accelerator, lambda: self._export(shown, dtype))
+
+    def _export(self, shown: Task, dtype: torch.dtype) -> None:
         with self.told(self.folder):
-            self.exported = self.averaged.export(self.folder, dtype)
+            self.exported = shown.export(self.folder, dtype)
 
-    def _write(self, step, weights, optimizer, scaler, dtype, monitor) -> None:
-        state = {
-            "task": self.name,
-            "step": step,
-            "weights": weights,
-            "averaged": {name: tensor.detach() for name, tensor in self.averaged.learned().items()},
-            "optimizer": optimizer,
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
-        with self.told(self.folder / "logs"):
-            monitor.flush()
-        with self.told(self.checkpoint), replacing(self.checkpoint) as partial:
-            torch.save(state, partial)
-        self.saved = step
-        self.export(dtype)
+    def failure(self, step: int, what: str, suspect: bool = False) -> WuerstchenError:
+        """The error that ends the run when a step, counted from 1, goes wrong; all processes must call it.
+
+        `suspect`: the weights that it began with may be the cause. If they are the last checkpoint, it is no good, and
+        the one before takes its place.
+        """
+        known = self.saved
+        suspect = suspect and known > 0 and known == step - 1
+        if suspect:
+            self.saved = together(self.accelerator, lambda: self.checkpoints.retreat(self._check)) or known
+        kept = self.remains("the last good state is in")
+        if self.saved != known:
+            kept = f"the checkpoint of step {known}, which led to this, is now {self.checkpoints.bad.name}; {kept}"
+        elif suspect:
+            kept = f"{self.checkpoints.last}, of step {known}, led to this, and there is no good one before it"
+        return WuerstchenError(
+            f"step {step} went wrong: {what}. Try a lower learning rate than {self.plan.learning_rate:g}, a longer "
+            f"warm-up than {self.plan.warm_up}, or another precision; {kept}"
+        )
+
+    def remains(self, what: str = "the last state saved is in") -> str:
+        """What there is to go on from, for the end of a message."""
+        if not self.saved:
+            return "nothing was saved yet"
+        if not self.checkpoints.last.exists():
+            return f"{self.checkpoints.last} is gone"
+        return f"{what} {self.checkpoints.last}, of step {self.saved}"
 
     @contextmanager
     def told(self, path: Path) -> Iterator[None]:
@@ -113,32 +173,78 @@ class RunState:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            kept = f"the checkpoint of step {self.saved} is intact" if self.saved else "there is no checkpoint yet"
+            reason = getattr(error, "strerror", None) or first_line(error)
+            if not self.saved:
+                kept = "there is no checkpoint yet"
+            elif self.checkpoints.last.exists():
+                kept = (
+                    f"the checkpoint of step {self.saved} is intact. Make room, and the same command goes on from there"
+                )
+            else:
+                kept = f"the checkpoint of step {self.saved} is gone: was the folder removed?"
             raise WuerstchenError(
-                f"{getattr(error, 'filename', None) or path}: could not be written ({reason}); {kept}. Make room, and "
-                "the same command goes on from there"
+                f"{getattr(error, 'filename', None) or path}: could not be written ({reason}); {kept}"
             ) from error
 
-    def _make_folder(self) -> None:
+    def _is_finite(self) -> bool:
+        """Whether all is finite that a checkpoint keeps; one synchronisation with the device."""
+        tensors = [
+            *self.task.learned().values(),
+            *(kept[name] for kept in self.optimizer.state.values() for name in MOMENTS),
+        ]
+        if self.averaged is not None:
+            tensors += self.averaged.learned().values()
+        finite = all_finite(tensors)
+        return self.accelerator.reduce(finite.float(), "mean").item() == 1
+
+    def _tidy(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(".*.partial"):  # of a process that was killed while it wrote
-                left.unlink(missing_ok=True)
+            remove_partials(self.folder)
         except OSError as error:
             raise WuerstchenError(f"{self.folder}: the run can't be kept there ({error.strerror})") from error
+        self.facts = {
+            "seed": self.plan.seed,
+            "accumulate": self.plan.accumulate,
+            "processes": self.accelerator.num_processes,
+            **self._facts(),
+        }
+        self.checkpoints.recover(self._check)
 
-    def _read(self) -> dict:
+    def _read(self) -> dict | None:
+        if not self.checkpoints.last.exists():
+            return None
         try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
-            task = state["task"]
-        except Exception as error:  # a damaged file raises nearly anything
-            raise WuerstchenError(f"{self.checkpoint}: not a checkpoint that can be read ({error})") from error
-        if task != self.name:
+            return self.checkpoints.read()
+        except Damaged as error:
+            raise WuerstchenError(f"{self.checkpoints.last}: can't be read by all processes ({error})") from error
+
+    def _check(self, state: dict) -> None:
+        """Raises Damaged if a state is not whole, and WuerstchenError if it is another task's."""
+        for key, type_ in KEYS.items():
+            if not isinstance(state, dict) or key not in state or not isinstance(state[key], type_):
+                raise Damaged(f"it lacks {key!r}")
+        if state["task"] != self.name:
             raise WuerstchenError(
-                f"{self.checkpoint}: the checkpoint of a {task}, not of a {self.name}: train in another folder"
+                f"{self.checkpoints.last}: the checkpoint of a {state['task'][:80]}, not of a {self.name}: train in "
+                "another folder"
             )
-        return state
+        learned = self.task.learned()
+        for name, here, there in differing(learned, state["weights"]):
+            raise WuerstchenError(
+                f"{self.checkpoints.last}: the checkpoint of another configuration: {name[:80]} is {there} there and "
+                f"{here} here. Train with the configuration that it had, or in another folder"
+            )
+        for name, _, there in differing(learned, state["averaged"]):
+            raise Damaged(f"the average of {name[:80]} is {there}")
+        trained = {name: tensor for name, tensor in learned.items() if tensor.requires_grad}
+        tensors = [*state["weights"].values(), *state["averaged"].values()]
+        for name, kept in state["optimizer"].items():
+            expected = {moment: trained[name] for moment in MOMENTS} if name in trained else {}
+            if not isinstance(kept, dict) or any(differing(expected | {"step": torch.zeros(())}, kept)):
+                raise Damaged(f"its optimizer's state of {name[:80]} has other shapes")
+            tensors += kept.values()
+        if state["step"] < 0 or not all_finite(tensors):
+            raise Damaged("not all of it is finite")
 
     @property
     def _is_sharded(self) -> bool:
@@ -169,78 +275,25 @@ class RunState:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def together(accelerator, work: Callable[[], None]) -> None:
-    """The main process does the work, and the others wait for it. Its WuerstchenError is raised in all of them."""
+def together(accelerator, work: Callable[[], Any]) -> Any:
+    """The main process does the work, the others wait for it, and all get its result or its WuerstchenError."""
     from accelerate.utils import broadcast_object_list
 
-    told: list[str | None] = [None]
+    result, told = None, None
     if accelerator.is_main_process:
         try:
-            work()
+            result = work()
         except WuerstchenError as error:
             if accelerator.num_processes == 1:
                 raise
-            told = [str(error)]
-    broadcast_object_list(told)
-    if told[0] is not None:
-        raise WuerstchenError(told[0])
-
-
-def averaging_copy(task: Task) -> Task:
-    """A copy in eval mode that shares with the task what is not learned."""
-    shared = [*task.frozen, *(parameter for parameter in task.parameters() if not parameter.requires_grad)]
-    copied = copy.deepcopy(task, {id(one): one for one in shared})
-    return copied.eval()
+            told = str(error)
+    result, told = broadcast_object_list([result, told])
+    if told is not None:
+        raise WuerstchenError(told)
+    return result
 
 
 @torch.no_grad()
-def move_average(averaged: Task, weights: dict[str, Tensor], decay: float) -> None:
-    for name, value in averaged.learned().items():
-        now = weights[name].to(value.device)
-        if value.is_floating_point():
-            value.lerp_(now, 1 - decay)
-        else:
-            value.copy_(now)
-
-
-def unsharded(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; then all processes must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gathered(tensors: dict[str, Tensor], is_main: bool) -> dict[str, Tensor]:
-    """Shards -> whole tensors on the CPU, on the main process alone; all processes must call it."""
-    whole = {}
-    for name, tensor in tensors.items():
-        full = unsharded(tensor)
-        if is_main:
-            whole[name] = full.cpu() if isinstance(full, Tensor) else full
-    return whole
-
-
-def sharded(values: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-    """Whole tensors -> this process's shards of them, laid out as the parameter is; numbers stay as they are."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(like, DTensor):
-        return values
-    return {
-        name: distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
-        if isinstance(value, Tensor) and value.shape == like.shape
-        else value
-        for name, value in values.items()
-    }
-
-
-@torch.no_grad()
-def _load(task: Task, weights: dict[str, Tensor], checkpoint: Path) -> None:
-    learned = task.learned()
-    for name in [*learned, *weights]:
-        here, there = (list(held[name].shape) if name in held else "missing" for held in (learned, weights))
-        if here != there:
-            raise WuerstchenError(
-                f"{checkpoint}: the checkpoint of another configuration: {name} is {there} there and {here} here. "
-                "Train with the configuration that it had, or in another folder"
-            )
-    for name, tensor in learned.items():
+def _load(task: Task, weights: dict[str, Tensor]) -> None:
+    for name, tensor in task.learned().items():
         tensor.copy_(weights[name])

@@ -1,4 +1,4 @@
-"""What the training of a stage is made of.
+"""The task that a stage's training consists of.
 
 A stage's module has a frozen dataclass `Options` (see `options`) and `build(options, data) -> Task`, where `data` is
 the run's `DataOptions`. `command.STAGES` names the module. torch's random state is seeded before `build`.
@@ -14,15 +14,17 @@ from .draws import Draws
 
 
 class Task(nn.Module):
-    """What learns, as submodules, and how: one forward and one backward to a micro-batch.
+    """The networks that are trained, as submodules, and their losses: one forward and backward pass per micro-batch.
 
-    `frozen` are networks that are only read from: no part of parameters and state, but moved along by `to`. Parameters
-    that need no gradient are neither averaged nor kept in checkpoints. The averaged weights are a copy of the task in
-    eval mode that shares both with it.
+    `frozen` are networks that are only used: they are not among the parameters and the state, but `to` moves them.
+    Parameters that need no gradient are neither averaged nor kept in checkpoints. The averaged weights are a copy of
+    the task in eval mode that shares both with it.
     """
 
     frozen: tuple[nn.Module, ...] = ()
     feature_files: tuple[Path, ...] = ()  # of the networks that make `features`; without, there is nothing to cache
+    feature_key: str = ""  # what else `features` depend on: a cache keeps those of another key apart
+    reads_captions: bool = False
     leaves_out: bool = False  # whether there are steps that leave parameters without a gradient
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:

@@ -1,17 +1,16 @@
-"""The adversary of Stage A: which patches of a picture are drawn (VQGAN, arXiv 2012.09841)."""
+"""The discriminator of Stage A, which tells decoded patches from real ones (VQGAN, arXiv 2012.09841)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MOST = 1e4  # times that the adversary's gradient is made longer, at most
+MOST = 1e4  # largest ratio of the gradient norms
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (arXiv 1611.07004): a logit for every patch, high for those of real pictures.
+    """PatchGAN (arXiv 1611.07004): one logit per patch, high for patches of real pictures.
 
-    The norms are over groups of channels of one picture: they depend neither on the rest of the batch nor on whether
-    the batch is real.
+    Its normalisation is GroupNorm, which does not depend on the rest of the batch.
     """
 
     def __init__(self, width: int = 64, layers: int = 3):
@@ -31,21 +30,21 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(real: Tensor, drawn: Tensor) -> Tensor:
-    """The hinge loss of the logits of real and of drawn patches (arXiv 1705.02894)."""
+    """The hinge loss of the discriminator's logits for real and for drawn patches (arXiv 1705.02894)."""
     return (F.relu(1 - real.float()).mean() + F.relu(1 + drawn.float()).mean()) / 2
 
 
 def adversarial_loss(drawn: Tensor) -> Tensor:
-    """What the network that has drawn the patches is to lower, of their logits."""
+    """The loss of the network that has drawn the patches, from their logits."""
     return -drawn.float().mean()
 
 
 class Balance(torch.autograd.Function):
-    """A drawn picture for the reconstruction losses, and again for the adversary, whose gradient is scaled on its way
-    back: by `weight`, and by how much longer the gradient of the former is, both at the weights of the last layer.
+    """A drawn picture twice: for the reconstruction losses, and for the discriminator, whose gradient is rescaled.
 
-    This is the adaptive weight of VQGAN (arXiv 2012.09841, equation 7) without a backward of its own: where the two
-    gradients meet, both are known. It is that of the micro-batch at hand, in each process.
+    The second gradient is multiplied by `weight` and by the ratio of the two gradients' norms at the last layer's
+    weights. This is VQGAN's adaptive weight (arXiv 2012.09841, equation 7) without an extra backward pass, since both
+    gradients are known where they meet. Each process uses the ratio of its own micro-batch.
     """
 
     @staticmethod
@@ -63,6 +62,6 @@ class Balance(torch.autograd.Function):
 
 
 def _last_layer_norm(gradient: Tensor, hidden: Tensor) -> Tensor:
-    """The length of the gradient of a 1x1 convolution's weights, from that of the picture that it drew."""
+    """The norm of the gradient of a 1x1 convolution's weights, from the gradient of the picture that it drew."""
     planes = F.pixel_unshuffle(gradient.float(), gradient.shape[-1] // hidden.shape[-1])
     return torch.einsum("b o h w, b i h w -> o i", planes, hidden.float()).norm()

@@ -1,4 +1,7 @@
-"""The training of a LoRA for Stage C: Stage C's own, but for what learns. peft adds it, diffusers' layout keeps it."""
+"""The training of a LoRA for Stage C: as Stage C's own, but only the LoRA learns.
+
+peft adds it to the network; its file is in diffusers' layout.
+"""
 
 import dataclasses
 import json
@@ -8,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...checkpoints.lora import METADATA_KEY
+from ...checkpoints.safetensors_file import save_file
 from ...models.lora import MODULES
 from ...models.stage_c import Prior, StageCConfig
 from ...util.atomic import replacing
@@ -28,9 +31,9 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 @dataclass(frozen=True)
 class Options(stage_c.Options):
     init: str = option("mini", "the Stage C that the LoRA is for, in any layout; mini: the embedded one")
-    rank: int = option(8, "of the change of each weight: the larger, the more it can learn")
-    alpha: float = option(8.0, "the change is scaled by alpha / rank")
-    targets: tuple[str, ...] = option(TARGETS, "what it changes, by the ends of the names of Stage C's modules")
+    rank: int = option(8, "rank of each weight's change: the higher, the more it can learn")
+    alpha: float = option(8.0, "the change is multiplied by alpha / rank")
+    targets: tuple[str, ...] = option(TARGETS, "modules of Stage C that it changes, by the ends of their names")
     network: StageCConfig = dataclasses.field(init=False, default=StageCConfig())  # init's own
 
     def __post_init__(self):
@@ -45,14 +48,16 @@ def build(options: Options, data: DataOptions) -> "LoRATask":
 
 
 class LoRATask(Task):
-    """A LoRA on the network of Stage C's training, whose own weights stay as they are."""
+    """A LoRA on the network of Stage C's training, whose own weights do not change."""
+
+    reads_captions = True
 
     def __init__(self, base: stage_c.StageCTask, options: Options):
         super().__init__()
         base.network.requires_grad_(False)
         add_lora(base.network, options.rank, options.alpha, options.targets)
         self.base = base
-        self.frozen, self.feature_files = base.frozen, base.feature_files
+        self.frozen, self.feature_files, self.feature_key = base.frozen, base.feature_files, base.feature_key
 
     def features(self, batch: dict) -> dict[str, Tensor]:
         return self.base.features(batch)
@@ -70,33 +75,38 @@ class LoRATask(Task):
 
 
 def add_lora(network: Prior, rank: int, alpha: float, targets: Sequence[str] = TARGETS) -> list[nn.Parameter]:
-    """Adds a LoRA (arXiv 2106.09685) to the network and gives its parameters, in float32; they alone are trained.
+    """Adds a LoRA (arXiv 2106.09685) to the network -> its parameters, in float32, which are the only trainable ones.
 
-    At first it changes nothing: its second half is zero.
+    At first it changes nothing, since its second matrix is zero.
 
     Args:
-        rank: of the change, at least 1.
-        alpha: the change is scaled by alpha / rank.
+        rank: of each weight's change, at least 1.
+        alpha: the change is multiplied by alpha / rank.
         targets: modules by the ends of their names, such as `to_q` (in every block) or `blocks.2.attention.to_q`.
 
     Raises:
-        WuerstchenError: rank or alpha is not above 0, or a target is none of Stage C's Linears and 1x1 convolutions.
+        WuerstchenError: peft can't be imported, rank or alpha is not above 0, or a target is not the name of one of
+            Stage C's Linears and 1x1 convolutions.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise WuerstchenError("training a LoRA needs peft: pip install -e '.[train]'") from error
+        reason = " ".join(str(error).split())[:200]
+        raise WuerstchenError(
+            f"training a LoRA needs peft 0.18 or later, which could not be imported ({reason}): "
+            "pip install -U -e '.[train]'"
+        ) from error
     if rank < 1 or alpha <= 0:
         raise WuerstchenError(f"rank is {rank} and alpha is {alpha}: rank must be at least 1, alpha above 0")
     if not targets:
-        raise WuerstchenError("there are no targets: name a module to put a LoRA on")
+        raise WuerstchenError("there are no targets: name the modules that the LoRA changes")
     names = [name for name, _ in network.named_modules() if MODULES.fullmatch(name)]
     chosen = set()
     for target in targets:
         meant = {name for name in names if f".{name}".endswith(f".{target}")}
         if not meant:
             kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.(attention\.)?", "", name) for name in names)
-            raise WuerstchenError(f"{target}: there is no such module to put a LoRA on; take of {', '.join(kinds)}")
+            raise WuerstchenError(f"{target}: there is no such module to put a LoRA on; choose from {', '.join(kinds)}")
         chosen |= meant
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(chosen)), network)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -106,10 +116,10 @@ def add_lora(network: Prior, rank: int, alpha: float, targets: Sequence[str] = T
 
 
 def save_lora(network: Prior, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the LoRA that `add_lora` has added, whole or not at all, as safetensors in diffusers' layout.
+    """Writes the LoRA that `add_lora` has added as safetensors in diffusers' layout, whole or not at all.
 
     The layout is that of `WuerstchenPriorPipeline.save_lora_weights`: peft's names under `prior.`, and peft's
-    configuration, alpha among it, as the metadata `lora_adapter_metadata`.
+    configuration, alpha included, as the metadata `lora_adapter_metadata`.
     """
     from peft.utils import get_peft_model_state_dict
 

@@ -44,7 +44,7 @@ class PerceptualDistance(nn.Module):
         with torch.no_grad():
             expected = self._unit_features(pictures)
         total = drawn.new_zeros(len(drawn), dtype=torch.float32)
-        for weight, one, other in zip(self.weights, self._unit_features(drawn), expected):
+        for weight, one, other in zip(self.weights, self._unit_features(drawn), expected, strict=True):
             total = total + torch.einsum("c, b c h w -> b h w", weight, (one - other).square()).mean(dim=(1, 2))
         return total
 
@@ -83,11 +83,12 @@ def load_perceptual(vgg: str | Path, lpips: str | Path | None = None) -> Percept
 
 
 def _weights(path: str | Path, wanted: dict[str, str], distance: nn.Module, what: str) -> dict[str, Tensor]:
-    tensors = open_archive(path).tensors
+    archive = open_archive(path)
+    tensors = archive.tensors
     shapes = {name: value.shape for name, value in distance.state_dict().items()}
     found = {}
     for theirs, ours in wanted.items():
         if theirs not in tensors or tensors[theirs].numel() != shapes[ours].numel():
             raise WuerstchenError(f"{path}: this is not {what}, {theirs} is missing or of another size")
-        found[ours] = tensors[theirs].float().reshape(shapes[ours])
+        found[ours] = archive.read(theirs).float().reshape(shapes[ours])
     return found

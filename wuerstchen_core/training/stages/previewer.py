@@ -18,22 +18,26 @@ from ..data.options import DataOptions
 from ..loop.draws import Draws
 from ..loop.task import Task
 from ..options import check_at_least, option
-from .conditioning import check_size, copied, semantic, weight_file
+from .conditioning import check_precision, check_size, computed_in, copied, semantic, weight_file
 
 
 @dataclass(frozen=True)
 class Options:
     semantic_compressor: str = option("mini", "the semantic compressor's file; mini: the embedded one")
-    init: str = option("", "a previewer to go on from; [network] is its own then")
-    sample_count: int = option(4, "how many of the data's pictures samples show, each beside its preview")
-    network: PreviewerConfig = option(PreviewerConfig(), "the network's sizes, where init is empty")
+    frozen_precision: str = option(
+        "float32", "precision in which the frozen networks compute features: float32, bfloat16 or float16"
+    )
+    init: str = option("", "a previewer to start from; [network] is then taken from it")
+    sample_count: int = option(4, "how many of the data's pictures the samples show, each beside its preview")
+    network: PreviewerConfig = option(PreviewerConfig(), "the network's sizes, if init is empty")
 
     def __post_init__(self):
         check_at_least(0, self, "sample_count")
+        check_precision(self.frozen_precision)
 
 
 def build(options: Options, data: DataOptions) -> "PreviewerTask":
-    """Raises WuerstchenError where a file is missing, or the previewer is not for the compressor's latents."""
+    """Raises WuerstchenError if a file is missing or the previewer does not fit the compressor's latents."""
     check_size(data.size)
     compressor_file = weight_file("semantic_compressor", options.semantic_compressor, SET["semantic_compressor"])
     compressor = load_semantic_compressor(compressor_file)
@@ -54,17 +58,20 @@ def build(options: Options, data: DataOptions) -> "PreviewerTask":
 
 
 class PreviewerTask(Task):
-    """`network` learns to draw small pictures from what the compressor, which is frozen, makes of large ones."""
+    """`network` learns to draw small pictures from the frozen compressor's latents of large ones."""
 
     def __init__(self, network: Previewer, compressor: SemanticCompressor, options: Options, data: DataOptions):
         super().__init__()
         self.network = network
         self.options, self.data = options, data
         self.frozen = (compressor,)
+        self.feature_key = options.frozen_precision
         self.pictures: tuple[Tensor, ...] = ()
 
     def features(self, batch: dict) -> dict[str, Tensor]:
-        return {"semantic": semantic(self.frozen[0], batch["image"]), "small": small(batch["image"])}
+        image = batch["image"]
+        with computed_in(self.options.frozen_precision, image.device):
+            return {"semantic": semantic(self.frozen[0], image), "small": small(image)}
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         found = batch["features"]
@@ -91,11 +98,11 @@ def small(image: Tensor) -> Tensor:
 
 
 def fit_linear_preview(latents: Tensor, pictures: Tensor) -> Previewer:
-    """The linear previewer of least squared error, solved for in float64.
+    """The linear previewer with the least squared error, solved for in float64.
 
     Args:
         latents: (N, C, p, q) in Stage C's space.
-        pictures: (N, 3, 8p, 8q), what `small` makes of the pictures that they belong to.
+        pictures: (N, 3, 8p, 8q), their pictures after `small`.
     """
     colours = F.avg_pool2d(pictures.double().cpu(), FACTOR)
     seen = rearrange(latents.double().cpu(), "n c h w -> (n h w) c")

@@ -30,34 +30,40 @@ from .discriminator import Balance, PatchDiscriminator, adversarial_loss, discri
 from .losses import quantization_loss
 from .perceptual import PerceptualDistance, load_perceptual
 
-MEASURED = 64  # pictures, from whose latents the scale is
+MEASURED = 64  # pictures whose latents the scale factor is measured on
 SHOWN = 8  # pictures in samples
 
 
 @dataclass(frozen=True)
 class Options:
-    """What Stage A learns; the first ones are weights of losses, at 0 a loss is left out."""
+    """The first options are weights of losses; a loss with weight 0 is left out."""
 
-    l1: float = option(1.0, "weight of the reconstruction's mean absolute error")
-    mse: float = option(0.0, "weight of its mean squared error")
-    codebook: float = option(1.0, "weight of the codebook's loss, commitment included")
-    commitment: float = option(0.25, "how much the latents are drawn to the codebook, the reverse being 1")
+    l1: float = option(1.0, "weight of the mean absolute error of the reconstruction")
+    mse: float = option(0.0, "weight of the mean squared error of the reconstruction")
+    codebook: float = option(1.0, "weight of the codebook and commitment losses")
+    commitment: float = option(0.25, "weight of the commitment loss relative to the codebook loss")
     perceptual: float = option(1.0, "weight of the perceptual loss, which needs perceptual_weights")
-    adversarial: float = option(0.5, "weight of the adversary's opinion")
-    adversarial_start: int = option(0, "step from which there is an adversary; before, it costs nothing")
+    adversarial: float = option(0.5, "weight of the adversarial loss")
+    adversarial_start: int = option(0, "step at which adversarial training starts")
     adversarial_adaptive: bool = option(
-        True, "first of all make the adversary's gradient as long as the reconstruction's, as VQGAN does"
+        True, "scale the adversarial loss by the ratio of the gradient norms, as VQGAN does"
     )
-    discriminator_width: int = option(64, "channels of the adversary's first layer, a multiple of 4")
-    discriminator_layers: int = option(3, "how often the adversary's channels grow; with 3 a patch has 70x70 pixels")
-    perceptual_weights: str = option("", "torchvision's file of vgg16; empty: no perceptual loss")
-    lpips_weights: str = option("", "LPIPS's own file for VGG16; empty: all its channels count the same")
-    crop: int = option(256, "side in pixels of the crops that are learned from, a multiple of 4")
-    continuous: float = option(0.5, "share of the pictures that is decoded without being quantized")
-    revive_every: int = option(100, "steps; vectors of the codebook unused in as many move to where latents are")
-    init: str = option("", "a Stage A to go on from, in any layout; [network] is its own then")
-    measure_scale: bool = option(True, "the exported scale_factor gives latents unit variance; else it is network's")
-    network: StageAConfig = option(StageAConfig(), "the network's sizes, where init is empty")
+    discriminator_width: int = option(64, "channels of the discriminator's first layer, a multiple of 4")
+    discriminator_layers: int = option(
+        3, "layers in which the discriminator's channels grow; with 3 a patch has 70x70 pixels"
+    )
+    perceptual_weights: str = option("", "torchvision's weights of vgg16; empty: no perceptual loss")
+    lpips_weights: str = option("", "LPIPS's weights for VGG16; empty: all channels have weight 1")
+    crop: int = option(256, "side of the training crops in pixels, a multiple of 4")
+    continuous: float = option(0.5, "share of pictures that are decoded without quantization")
+    revive_every: int = option(
+        100, "codebook vectors that were not used for this many steps are reset to random latents"
+    )
+    init: str = option("", "a Stage A to start from, in any layout; [network] is then taken from it")
+    measure_scale: bool = option(
+        True, "measure scale_factor at export, so that latents have unit variance; false: keep the network's"
+    )
+    network: StageAConfig = option(StageAConfig(), "the network's sizes, if init is empty")
 
     def __post_init__(self):
         smallest = max(16, 3 * 2**self.discriminator_layers) if self.adversarial else 16
@@ -74,7 +80,7 @@ class Options:
 
 
 class StageA(Task):
-    """The VQGAN, its adversary, and the frozen network of the perceptual loss where its weights are at hand."""
+    """The VQGAN, its discriminator, and the frozen network of the perceptual loss if its weights are given."""
 
     def __init__(self, vqgan: VQGAN, perceptual: PerceptualDistance | None, options: Options, data: DataOptions):
         super().__init__()
@@ -89,12 +95,14 @@ class StageA(Task):
         self.pictures: tuple[Tensor, ...] = ()
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
-        """The losses "reconstruction", "codebook" and, where they apply, "perceptual", "adversarial", "discriminator".
+        """The losses "reconstruction" and "codebook", and "perceptual", "adversarial", "discriminator" if they apply.
 
-        With an adaptive weight "adversarial" is shown without it: it is applied to the gradient.
+        With an adaptive weight "adversarial" is reported without it, since it is applied to the gradient.
         """
         if hasattr(self, "reshard"):
-            raise WuerstchenError("Stage A is not trained in shards, its codebook is written to: use DDP, not FSDP")
+            raise WuerstchenError(
+                "Stage A's codebook is written to, which sharded weights don't allow: use DDP, not FSDP"
+            )
         options = self.options
         pictures = _crop(batch["image"], options.crop, draws.uniform(2))
         is_quantized = draws.uniform(1, 1, 1) >= options.continuous
@@ -112,7 +120,7 @@ class StageA(Task):
         codebook_loss = quantization_loss(latent * scale, quantized * scale, options.commitment)
         losses = {"codebook": options.codebook * codebook_loss}
         if self.discriminator is not None and draws.step >= options.adversarial_start:
-            drawn, adversarial = self._oppose(pictures, drawn, hidden)
+            drawn, adversarial = self._adversarial(pictures, drawn, hidden)
             losses |= adversarial
         losses["reconstruction"] = options.l1 * F.l1_loss(drawn, pictures) + options.mse * F.mse_loss(drawn, pictures)
         if self.frozen:
@@ -121,7 +129,7 @@ class StageA(Task):
 
     @torch.no_grad()
     def exported(self) -> dict[str, nn.Module]:
-        """The VQGAN; where its scale is to be measured, the data's latents have about unit variance."""
+        """The VQGAN; if its scale factor is to be measured, the data's latents have about unit variance."""
         if not self.options.measure_scale:
             return {"stage_a": self.vqgan}
         parts = self._first_pictures().split(SHOWN)
@@ -142,25 +150,25 @@ class StageA(Task):
             self.pictures = (self.data.first_pictures(MEASURED if self.options.measure_scale else SHOWN),)
         return self.pictures[0]
 
-    def _oppose(self, pictures: Tensor, drawn: Tensor, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The drawn pictures as the other losses are to see them, and the adversary's losses.
+    def _adversarial(self, pictures: Tensor, drawn: Tensor, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The drawn pictures for the other losses, and the adversarial and discriminator losses.
 
-        The drawn pictures' gradient leaves the adversary as it is, and the adversary's leaves them as they are.
+        Neither loss has a gradient for the other's network.
         """
         shown, weight = drawn, self.options.adversarial
         if self.options.adversarial_adaptive:
             (drawn, shown), weight = Balance.apply(drawn, hidden, weight), 1.0
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-        opinion = functional_call(self.discriminator, fixed, (shown,))
+        logits = functional_call(self.discriminator, fixed, (shown,))
         real, fake = self.discriminator(torch.cat([pictures, drawn.detach()])).chunk(2)
         return drawn, {
-            "adversarial": weight * adversarial_loss(opinion),
+            "adversarial": weight * adversarial_loss(logits),
             "discriminator": discriminator_loss(real, fake),
         }
 
     @torch.no_grad()
     def _count(self, indices: Tensor) -> None:
-        """For how many batches a vector of the codebook was not used, in any process."""
+        """Counts for how many batches a codebook vector has not been used in any process."""
         used = torch.zeros_like(self.idle)
         used[indices.flatten()] = 1
         if dist.is_initialized():
@@ -169,7 +177,7 @@ class StageA(Task):
 
     @torch.no_grad()
     def _revive(self, latent: Tensor, draws: Draws) -> None:
-        """Idle vectors of the codebook take the places of random points of the latents, the same in all processes."""
+        """Resets idle codebook vectors to random points of the latents, the same in all processes."""
         codebook = self.vqgan.vquantizer.codebook.weight
         idle = self.idle >= self.options.revive_every
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -186,7 +194,7 @@ class StageA(Task):
 
 
 def build(options: Options, data: DataOptions) -> StageA:
-    """Raises WuerstchenError where a file is none, or the data's pictures are too small to crop."""
+    """Raises WuerstchenError if a file can't be loaded, or the data's pictures are too small to crop."""
     sizes = bucket_sizes(data.size) if data.buckets else [(data.size, data.size)]
     smallest = min(map(min, sizes))
     if data.size % 4 or smallest < options.crop:
@@ -212,10 +220,10 @@ def _perceptual(options: Options) -> PerceptualDistance | None:
         ) from error
 
 
-def _crop(pictures: Tensor, side: int, places: Tensor) -> Tensor:
-    """(B, 3, H, W), places (B, 2) in [0, 1) -> (B, 3, side, side), a crop of each picture at its place"""
-    free = torch.tensor([have - side + 1 for have in pictures.shape[2:]], device=places.device)
-    start = (places * free).long()
-    rows, columns = (start[:, i, None] + torch.arange(side, device=places.device) for i in range(2))
-    batch = torch.arange(len(pictures), device=places.device)
+def _crop(pictures: Tensor, side: int, offsets: Tensor) -> Tensor:
+    """(B, 3, H, W), offsets (B, 2) in [0, 1) -> (B, 3, side, side), one crop of each picture"""
+    free = torch.tensor([have - side + 1 for have in pictures.shape[2:]], device=offsets.device)
+    start = (offsets * free).long()
+    rows, columns = (start[:, i, None] + torch.arange(side, device=offsets.device) for i in range(2))
+    batch = torch.arange(len(pictures), device=offsets.device)
     return rearrange(pictures[batch[:, None, None], :, rows[:, :, None], columns[:, None]], "b h w c -> b c h w")

@@ -1,7 +1,10 @@
-"""The training of Stage B (paper section 3): diffusion in Stage A's space from semantic latents, and of the semantic
-compressor with it."""
+"""The training of Stage B (paper section 3): diffusion in Stage A's space, conditioned on semantic latents.
+
+The semantic compressor can be trained with it.
+"""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +25,11 @@ from ..loop.draws import Draws
 from ..loop.task import Task
 from ..options import check_above_zero, check_at_least, check_shares, option
 from .conditioning import (
+    CaptionEncoder,
+    check_precision,
     check_size,
     compressor_input,
+    computed_in,
     copied,
     drop_captions,
     encode_captions,
@@ -42,24 +48,36 @@ class Options:
     semantic_compressor: str = option(
         "mini", "the semantic compressor's file; mini: the embedded one; empty: a new one, of [compressor]'s sizes"
     )
-    train_compressor: bool = option(False, "train the semantic compressor too, as the paper does; else it is only used")
-    backbone: str = option("", "for a new compressor: torchvision's EfficientNetV2 ImageNet weights to begin with")
+    frozen_precision: str = option(
+        "float32", "precision in which the frozen networks compute features: float32, bfloat16 or float16"
+    )
+    train_compressor: bool = option(
+        False, "train the semantic compressor too, as the paper does; otherwise it is frozen"
+    )
+    backbone: str = option("", "for a new compressor: torchvision's EfficientNetV2 ImageNet weights to start from")
     text_encoder: str = option("mini", "the text encoder's file; mini: the embedded one; empty: Stage B reads no text")
-    init: str = option("", "a Stage B to go on from, in any layout; [network] is its own then")
-    caption_drop: float = option(0.05, "share of captions replaced by the empty one")
-    text_absent: float = option(0.0, "share of steps without any text, so that it also draws without")
+    init: str = option("", "a Stage B to start from, in any layout; [network] is then taken from it")
+    caption_drop: float = option(0.05, "share of captions replaced by the empty caption")
+    text_absent: float = option(
+        0.0, "share of steps without any text, so that Stage B also works without a text encoder"
+    )
     zeroed: float = option(0.05, "share of semantic latents replaced by zero, which guidance needs")
-    noised: float = option(0.3, "share of semantic latents with noise, as Stage C's are not perfect either")
-    noised_until: float = option(0.5, "the time that their noise goes up to")
-    p2_k: float = option(1.0, "weight 1 / (k + signal-to-noise ratio): the smaller, the more the noisiest times count")
+    noised: float = option(0.3, "share of semantic latents with added noise, as Stage C's are not perfect either")
+    noised_until: float = option(0.5, "latest time of the noise added to them")
+    p2_k: float = option(
+        1.0, "P2 weight 1 / (k + signal-to-noise ratio): a smaller k gives the noisiest times more weight"
+    )
     high_noise: float = option(
         0.0, "share of the noise levels drawn from the noisiest alone, where the condition decides"
     )
-    sample_count: int = option(4, "how many of the data's pictures samples show, each beside what is made of it")
+    largest_error: float = option(
+        0.0, "a sample's mean squared error is limited to this, and what exceeds it gives no gradient; 0: no limit"
+    )
+    sample_count: int = option(4, "how many of the data's pictures the samples show, each beside its reconstruction")
     sample_steps: int = option(12, "for samples: steps of Stage B")
     network: StageBConfig = option(
         StageBConfig(),
-        "the network's sizes, where init is empty; latent_space is the compressor's, stage_a_scale Stage A's",
+        "the network's sizes, if init is empty; latent_space is the compressor's, stage_a_scale Stage A's",
     )
     compressor: SemanticCompressorConfig = option(
         SemanticCompressorConfig(latent_space=LatentSpace(0.0, 1.0)),
@@ -71,13 +89,15 @@ class Options:
         if self.zeroed + self.noised > 1:
             raise WuerstchenError("zeroed and noised are shares of the same latents: together 1 at most")
         check_above_zero(self, "p2_k")
+        check_at_least(0, self, "largest_error", "sample_count")
         check_at_least(1, self, "sample_steps")
+        check_precision(self.frozen_precision)
         if not self.semantic_compressor and not self.train_compressor:
             raise WuerstchenError("semantic_compressor: name a file, or train a new one with --train-compressor true")
 
 
 def build(options: Options, data: DataOptions) -> "StageBTask":
-    """Raises WuerstchenError where a file is missing or does not fit the others, or options contradict each other."""
+    """Raises WuerstchenError if a file is missing or does not fit the others, or options contradict each other."""
     check_size(data.size)
     if data.cache and options.train_compressor:
         raise WuerstchenError("cache: the pictures are needed themselves while the compressor is trained")
@@ -130,7 +150,7 @@ def _compressor(options: Options) -> tuple[SemanticCompressor, list]:
 
 
 class StageBTask(Task):
-    """`network` learns to tell the noise in a picture's latent of Stage A, given its semantic latent and caption.
+    """`network` learns to predict the noise in a picture's Stage A latent, given its semantic latent and caption.
 
     The semantic latent comes from the compressor, which is frozen or learns with it (`options.train_compressor`).
     """
@@ -153,18 +173,24 @@ class StageBTask(Task):
             self.readers["compressor"] = compressor
         self.frozen = tuple(reader for reader in self.readers.values() if reader is not None)
         self.leaves_out = encoder is None or options.text_absent > 0
+        self.reads_captions = encoder is not None
+        self.feature_key = options.frozen_precision
         self.nothing: tuple[Tensor, ...] = ()
         if encoder is not None:
+            self.feature_key += f", {encoder.config.context_length} tokens"
+            self.read_captions = CaptionEncoder(encoder)
             with torch.no_grad():
                 self.nothing = (encode_captions(encoder, [""]),)
         self.pictures: tuple[Tensor, ...] = ()
 
     def features(self, batch: dict) -> dict[str, Tensor]:
-        found = {"latent": self.readers["stage_a"].encode(batch["image"])}
-        if self.compressor is None:
-            found["semantic"] = self.readers["compressor"](compressor_input(batch["image"]))
-        if self.readers["encoder"] is not None:
-            found["text"] = encode_captions(self.readers["encoder"], batch["caption"])
+        image = batch["image"]
+        with computed_in(self.options.frozen_precision, image.device):
+            found = {"latent": self.readers["stage_a"].encode(image)}
+            if self.compressor is None:
+                found["semantic"] = self.readers["compressor"](compressor_input(image))
+            if self.readers["encoder"] is not None:
+                found["text"] = self.read_captions(batch["caption"])
         return found
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
@@ -183,7 +209,8 @@ class StageBTask(Task):
 
         latent = found["latent"]
         t, noise = times_of(draws.uniform(), self.options.high_noise), draws.normal(latent.shape[1:])
-        return {"noise": diffusion_loss(predict, latent, self.options.p2_k, t, noise)}
+        largest_error = self.options.largest_error or math.inf
+        return {"noise": diffusion_loss(predict, latent, self.options.p2_k, t, noise, largest_error)}
 
     def _spoiled(self, semantic: Tensor, draws: Draws) -> Tensor:
         options, space = self.options, self.network.config.latent_space

@@ -1,5 +1,6 @@
 """The training of Stage C (paper section 3): diffusion in the semantic compressor's space, from text."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,19 @@ from ...util.errors import WuerstchenError
 from ..data.options import DataOptions
 from ..loop.draws import Draws
 from ..loop.task import Task
-from ..options import check_above_zero, check_shares, option
-from .conditioning import check_size, copied, drop_captions, encode_captions, semantic, text_encoder_for, weight_file
+from ..options import check_above_zero, check_at_least, check_shares, option
+from .conditioning import (
+    CaptionEncoder,
+    check_precision,
+    check_size,
+    computed_in,
+    copied,
+    drop_captions,
+    encode_captions,
+    semantic,
+    text_encoder_for,
+    weight_file,
+)
 from .initialise import initialise
 from .losses import diffusion_loss, times_of
 
@@ -26,30 +38,42 @@ from .losses import diffusion_loss, times_of
 class Options:
     text_encoder: str = option("mini", "the text encoder's file; mini: the embedded one")
     semantic_compressor: str = option("mini", "the semantic compressor's file; mini: the embedded one")
-    init: str = option("", "a Stage C to go on from, in any layout; [network] is its own then")
-    caption_drop: float = option(0.05, "share of captions replaced by the empty one, which guidance needs")
-    noise_levels: int = option(1, "at how many noise levels a step sees each picture; they share its text's keys")
-    p2_k: float = option(1.0, "weight 1 / (k + signal-to-noise ratio): the smaller, the more the noisiest times count")
+    frozen_precision: str = option(
+        "float32", "precision in which the frozen networks compute features: float32, bfloat16 or float16"
+    )
+    init: str = option("", "a Stage C to start from, in any layout; [network] is then taken from it")
+    caption_drop: float = option(0.05, "share of captions replaced by the empty caption, which guidance needs")
+    noise_levels: int = option(
+        1, "noise levels at which each picture of a batch is learned; they share its text's keys"
+    )
+    p2_k: float = option(
+        1.0, "P2 weight 1 / (k + signal-to-noise ratio): a smaller k gives the noisiest times more weight"
+    )
     high_noise: float = option(
         0.0, "share of the noise levels drawn from the noisiest alone, where the condition decides"
     )
-    prompts: tuple[str, ...] = option((), "texts that samples are drawn of; none, no samples")
+    largest_error: float = option(
+        0.0, "a sample's mean squared error is limited to this, and what exceeds it gives no gradient; 0: no limit"
+    )
+    prompts: tuple[str, ...] = option((), "prompts of the samples; without prompts there are no samples")
     stage_a: str = option("mini", "for samples: Stage A's file; mini: the embedded one")
     stage_b: str = option("mini", "for samples: Stage B's file; mini: the embedded one")
     text_encoder_b: str = option("", "for samples: Stage B's text encoder; empty: Stage C's")
     sample_steps: int = option(30, "for samples: steps of Stage C")
     sample_cfg: float = option(4.0, "for samples: guidance of Stage C")
-    network: StageCConfig = option(StageCConfig(), "the network's sizes, where init is empty")
+    network: StageCConfig = option(StageCConfig(), "the network's sizes, if init is empty")
 
     def __post_init__(self):
         check_shares(self, "caption_drop", "high_noise")
         if self.noise_levels < 1 or self.sample_steps < 1:
             raise WuerstchenError("noise_levels and sample_steps must be at least 1")
         check_above_zero(self, "p2_k")
+        check_at_least(0, self, "largest_error")
+        check_precision(self.frozen_precision)
 
 
 def build(options: Options, data: DataOptions) -> "StageCTask":
-    """Raises WuerstchenError where a file is missing or does not fit the others."""
+    """Raises WuerstchenError if a file is missing or does not fit the others."""
     check_size(data.size)
     if options.init:
         network = copied(load_stage_c(weight_file("init", options.init, SET["stage_c"])))
@@ -77,9 +101,13 @@ def noise_loss(
     k: float,
     t: Tensor,
     noise: Tensor | None = None,
+    largest_error: float = math.inf,
 ) -> Tensor:
-    """`diffusion_loss` of latent (B, 16, p, q) given text (B, L, text_width), whose keys and values serve `levels`
-    noise levels; t (B * levels,) and noise are those of the first latent first."""
+    """`diffusion_loss` of latent (B, 16, p, q) given text (B, L, text_width), at `levels` noise levels each.
+
+    A text's keys and values serve all of them. t (B * levels,) and noise (B * levels, 16, p, q) begin with those of the
+    first latent.
+    """
     condition = [
         tuple(part.repeat_interleave(levels, dim=0) for part in keys_values) for keys_values in network.condition(text)
     ]
@@ -87,11 +115,13 @@ def noise_loss(
     def predict(x: Tensor, t: Tensor) -> Tensor:
         return network.denoise(x, network.modulate(t, x.dtype), condition)
 
-    return diffusion_loss(predict, latent.repeat_interleave(levels, dim=0), k, t, noise)
+    return diffusion_loss(predict, latent.repeat_interleave(levels, dim=0), k, t, noise, largest_error)
 
 
 class StageCTask(Task):
-    """`network` learns to tell the noise in a picture's semantic latent, given its caption."""
+    """`network` learns to predict the noise in a picture's semantic latent, given its caption."""
+
+    reads_captions = True
 
     def __init__(
         self, network: Prior, encoder: TextEncoder, compressor: SemanticCompressor, options: Options, size: int
@@ -100,24 +130,28 @@ class StageCTask(Task):
         self.network = network
         self.options, self.size = options, size
         self.frozen = (encoder, compressor)
+        self.feature_key = f"{options.frozen_precision}, {encoder.config.context_length} tokens"
+        self.read_captions = CaptionEncoder(encoder)
         with torch.no_grad():
             self.nothing = (encode_captions(encoder, [""]),)
         self.drawers: dict = {}
 
     def features(self, batch: dict) -> dict[str, Tensor]:
-        encoder, compressor = self.frozen[:2]
-        return {
-            "semantic": semantic(compressor, batch["image"]),
-            "text": encode_captions(encoder, batch["caption"]),
-        }
+        image = batch["image"]
+        with computed_in(self.options.frozen_precision, image.device):
+            return {
+                "semantic": semantic(self.frozen[1], image),
+                "text": self.read_captions(batch["caption"]),
+            }
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
-        levels = self.options.noise_levels
+        options, levels = self.options, self.options.noise_levels
         latent, text = batch["features"]["semantic"], batch["features"]["text"]
-        text = drop_captions(text, self.nothing[0], self.options.caption_drop, draws.uniform())
-        t = times_of(draws.uniform(levels), self.options.high_noise).flatten()
+        text = drop_captions(text, self.nothing[0], options.caption_drop, draws.uniform())
+        t = times_of(draws.uniform(levels), options.high_noise).flatten()
         noise = draws.normal((levels, *latent.shape[1:])).flatten(0, 1)
-        return {"noise": noise_loss(self.network, latent, text, levels, self.options.p2_k, t, noise)}
+        largest_error = options.largest_error or math.inf
+        return {"noise": noise_loss(self.network, latent, text, levels, options.p2_k, t, noise, largest_error)}
 
     def exported(self) -> dict[str, torch.nn.Module]:
         return {"stage_c": self.network}
@@ -142,7 +176,7 @@ class StageCTask(Task):
         )
 
     def _model(self) -> Wuerstchen:
-        """The whole set around the network; what only samples need is loaded at the first ones."""
+        """The network with all others around it; those that only samples need are loaded for the first samples."""
         encoder, compressor = self.frozen
         device = self.network.projection.weight.device
         if not self.drawers:
