@@ -29,6 +29,7 @@ from .safetensors_file import save_file
 from .stored import json_object
 
 METADATA_KEY = "wuerstchen"
+MAX_HEADER = 100_000  # bytes of a configuration that is a tensor
 
 NETWORKS = {
     "stage_a": (VQGAN, StageAConfig),
@@ -224,9 +225,12 @@ def _own_parts(archive: Archive) -> dict[str, Part]:
         headers = {"": archive.metadata[METADATA_KEY]}
     else:
         headers = {
-            name.removesuffix(METADATA_KEY): bytes(tensor.tolist()).decode(errors="replace")
+            name.removesuffix(METADATA_KEY): bytes(archive.read(name).tolist()).decode(errors="replace")
             for name, tensor in archive.tensors.items()
-            if name.split(".")[-1] == METADATA_KEY and tensor.dtype == torch.uint8 and tensor.dim() == 1
+            if name.split(".")[-1] == METADATA_KEY
+            and tensor.dtype == torch.uint8
+            and tensor.dim() == 1
+            and len(tensor) <= MAX_HEADER
         }
     found = (_own_part(archive, header, prefix) for prefix, header in headers.items())
     return {part.kind: part for part in found}
