@@ -1,8 +1,7 @@
-"""The nodes: sockets in, one call of the core, sockets out."""
+"""The nodes: sockets in, one call of the host or the core, sockets out."""
 
 from .load import (
     WuerstchenLoadModel,
-    WuerstchenLoadPreviewer,
     WuerstchenLoadSemanticCompressor,
     WuerstchenLoadStageA,
     WuerstchenLoadStageB,
@@ -11,9 +10,10 @@ from .load import (
 )
 from .lora import WuerstchenLoadLoRA
 from .preview import WuerstchenSemanticPreview
+from .scheduler import WuerstchenScheduler
 from .semantic_compressor import WuerstchenSemanticCompress
 from .stage_a import WuerstchenVQGANDecode, WuerstchenVQGANEncode
-from .stage_b import WuerstchenStageBSampler
+from .stage_b import WuerstchenStageBConditioning, WuerstchenStageBSampler
 from .stage_c import WuerstchenEmptyLatent, WuerstchenStageCSampler
 from .text import WuerstchenTextEncode
 
@@ -25,13 +25,14 @@ NODES = [
     WuerstchenLoadStageB,
     WuerstchenLoadStageA,
     WuerstchenLoadSemanticCompressor,
-    WuerstchenLoadPreviewer,
     WuerstchenTextEncode,
     WuerstchenEmptyLatent,
     WuerstchenSemanticCompress,
     WuerstchenStageCSampler,
     WuerstchenSemanticPreview,
+    WuerstchenStageBConditioning,
     WuerstchenStageBSampler,
     WuerstchenVQGANDecode,
     WuerstchenVQGANEncode,
+    WuerstchenScheduler,
 ]

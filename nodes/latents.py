@@ -17,7 +17,6 @@ own nodes do to a LATENT tells how large the picture is afterwards:
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -28,7 +27,7 @@ from ..wuerstchen_core.pipeline import fit
 from . import host
 
 KEY = "wuerstchen"
-DRAWN = "wuerstchen_mask"  # the noise mask that Stage C has followed
+SEMANTIC = "wuerstchen_semantic"  # in a CONDITIONING for Stage B: Stage C's latent
 
 SMALLEST_SIDE, LARGEST_SIDE = 128, 4096  # pixels
 LARGEST_EMPTY = 24  # positions of Stage C: 1024 pixels
@@ -57,7 +56,9 @@ def picture_size(width: int, height: int) -> Geometry:
 
 def pack(samples: Tensor, geometry: Geometry, like: dict | None = None) -> dict:
     """A LATENT; what else `like` holds (noise mask, batch index) is kept."""
-    samples = host.to_intermediate(samples).contiguous()  # the order in memory says later whether they were turned
+    samples = host.devices.to_intermediate(
+        samples
+    ).contiguous()  # the order in memory says later whether they were turned
     return {**(like or {}), "samples": samples, KEY: Noted(geometry, samples)}
 
 
@@ -138,22 +139,6 @@ def mask_of(latent: dict, geometry: Geometry) -> Tensor | None:
     mask = F.pad(mask, (across // 2, across - across // 2, down // 2, down - down // 2), mode="replicate")
     mask = F.interpolate(mask, size=(rows, columns), mode="area")
     return mask if len(mask) == 1 else mask.repeat(-(-batch // len(mask)), 1, 1, 1)[:batch]
-
-
-def refuse_mask(latent: dict, node: str) -> None:
-    """Raises WuerstchenError for a noise mask that nothing has followed yet. One that is 1 everywhere says nothing."""
-    mask, drawn = latent.get("noise_mask"), latent.get(DRAWN)
-    if mask is None or (mask >= 1).all():
-        return
-    followed = [] if drawn is None else list(_planes(drawn))
-    if any(not any(torch.equal(plane, other) for other in followed) for plane in _planes(mask)):
-        raise WuerstchenError(
-            f"{node} does not follow noise masks: set the mask on the latent that goes into Würstchen Stage C Sampler"
-        )
-
-
-def _planes(mask: Tensor) -> Tensor:
-    return mask.flatten(0, -3)
 
 
 def _frame_of_stage_c(rows: int, columns: int) -> tuple[int, int]:

@@ -15,94 +15,100 @@ class WuerstchenLoadModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=list(host.model_sets()),
+                    options=list(host.folders.model_sets()),
                     default="mini",
                     tooltip="mini comes with the node pack: emoji at 256 x 256. The others are the folders in "
                     "models/wuerstchen that hold stage_a, stage_b, stage_c, text_encoder and semantic_compressor, all "
                     ".safetensors (text_encoder_b and previewer are optional). ComfyUI's log names the files that a "
                     "folder lacks.",
-                )
+                ),
+                sockets.weight_dtype_input(),
             ],
             outputs=[
-                sockets.TextEncoder.Output(
-                    "text_encoder_c", display_name="text encoder (Stage C)", tooltip="The text encoder of Stage C."
-                ),
-                sockets.StageC.Output(
+                io.Model.Output(
                     "stage_c",
                     display_name="Stage C",
                     tooltip="Turns text into the small latent that decides the content.",
                 ),
-                sockets.TextEncoder.Output(
-                    "text_encoder_b", display_name="text encoder (Stage B)", tooltip="The text encoder of Stage B."
+                io.Clip.Output(
+                    "clip_c", display_name="CLIP (Stage C)", tooltip="The text encoder for Stage C's prompts."
                 ),
-                sockets.StageB.Output("stage_b", display_name="Stage B", tooltip="Adds the detail."),
-                sockets.StageA.Output(
-                    "stage_a", display_name="Stage A", tooltip="The VQGAN: turns latents into pictures and back."
+                io.Model.Output("stage_b", display_name="Stage B", tooltip="Adds the detail."),
+                io.Clip.Output(
+                    "clip_b", display_name="CLIP (Stage B)", tooltip="The text encoder for Stage B's prompts."
                 ),
-                sockets.SemanticCompressor.Output(
-                    "semantic_compressor",
-                    display_name="semantic compressor",
-                    tooltip="Turns a picture into the kind of small latent that Stage C makes from text.",
+                io.Vae.Output(
+                    "stage_a", display_name="Stage A", tooltip="The VQGAN: Stage B's latent and the picture."
                 ),
-                sockets.Previewer.Output(
-                    "previewer",
-                    display_name="previewer",
-                    tooltip="Shows Stage C's latents as small pictures; empty if the set has no previewer.",
+                io.Vae.Output(
+                    "semantic",
+                    display_name="semantic VAE",
+                    tooltip="Picture to the small latent that Stage C draws, and that to a small preview.",
                 ),
             ],
         )
 
     @classmethod
-    def execute(cls, model: str) -> io.NodeOutput:
-        networks = host.load_set(model)
-        return io.NodeOutput(
-            networks["text_encoder_c"],
-            networks["stage_c"],
-            networks.get("text_encoder_b"),
-            networks["stage_b"],
-            networks["stage_a"],
-            networks["semantic_compressor"],
-            networks.get("previewer"),
-        )
+    def fingerprint_inputs(cls, model, **others):
+        return host.fingerprints.of_set(model)
+
+    @classmethod
+    def execute(cls, model: str, weight_dtype: str = "default") -> io.NodeOutput:
+        return io.NodeOutput(*host.loading.load_set(model, weight_dtype))
 
 
-class NetworkLoader(io.ComfyNode):
-    """One network from one file; a subclass names the network."""
+class FileLoader(io.ComfyNode):
+    """One network from one file; a subclass names its kind."""
 
     KIND: str
 
     @classmethod
-    def schema(cls, name: str, description: str, output: io.Output) -> io.Schema:
-        tooltip = f"A file in {host.places(cls.KIND)}. Its layout is recognised from its content."
+    def schema(cls, name: str, description: str, output: io.Output, *more: io.Input) -> io.Schema:
         return io.Schema(
             node_id=cls.__name__,
             display_name=f"Würstchen Load {name}",
             category=sockets.CATEGORY,
             description=description,
-            inputs=[io.Combo.Input("file", options=list(host.weight_files(cls.KIND)), tooltip=tooltip)],
+            inputs=[file_input("file", cls.KIND), *more],
             outputs=[output],
         )
 
     @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(host.load_network(cls.KIND, file))
+    def fingerprint_inputs(cls, file, **others):
+        return host.fingerprints.of_files(**{cls.KIND: file})
 
 
-class WuerstchenLoadStageA(NetworkLoader):
+def file_input(name: str, kind: str) -> io.Input:
+    return io.Combo.Input(
+        name,
+        options=list(host.folders.weight_files(kind)),
+        tooltip=f"A file in {host.folders.places(kind)}. Its layout is recognised from its content.",
+    )
+
+
+class WuerstchenLoadStageA(FileLoader):
     KIND = "stage_a"
 
     @classmethod
     def define_schema(cls):
         return cls.schema(
             "Stage A",
-            "Loads Stage A, the VQGAN. v1, v2 and Stable Cascade share the same one.",
-            sockets.StageA.Output(
-                display_name="Stage A", tooltip="For Würstchen VQGAN Decode and Würstchen VQGAN Encode."
-            ),
+            "Loads Stage A, the VQGAN. v1, v2 and Stable Cascade share the same one, which Load VAE takes too.",
+            io.Vae.Output(display_name="Stage A", tooltip="For Würstchen VQGAN Decode, VAE Decode and VAE Encode."),
         )
 
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(host.loading.load_stage_a(file))
 
-class WuerstchenLoadStageB(NetworkLoader):
+
+class DiffusionLoader(FileLoader):
+    @classmethod
+    def execute(cls, file: str, weight_dtype: str = "default") -> io.NodeOutput:
+        return io.NodeOutput(host.loading.load_stage(cls.KIND, file, weight_dtype))
+
+
+class WuerstchenLoadStageB(DiffusionLoader):
     KIND = "stage_b"
 
     @classmethod
@@ -110,11 +116,15 @@ class WuerstchenLoadStageB(NetworkLoader):
         return cls.schema(
             "Stage B",
             "Loads Stage B, which adds the detail. Its text encoder is CLIP H.",
-            sockets.StageB.Output(display_name="Stage B", tooltip="For Würstchen Stage B Sampler."),
+            io.Model.Output(
+                display_name="Stage B",
+                tooltip="For Würstchen Stage B Sampler, or for any sampler behind Würstchen Stage B Conditioning.",
+            ),
+            sockets.weight_dtype_input(),
         )
 
 
-class WuerstchenLoadStageC(NetworkLoader):
+class WuerstchenLoadStageC(DiffusionLoader):
     KIND = "stage_c"
 
     @classmethod
@@ -122,11 +132,12 @@ class WuerstchenLoadStageC(NetworkLoader):
         return cls.schema(
             "Stage C",
             "Loads Stage C, which draws the content. Its text encoder is CLIP bigG in v2, CLIP H in v1.",
-            sockets.StageC.Output(display_name="Stage C", tooltip="For Würstchen Stage C Sampler."),
+            io.Model.Output(display_name="Stage C", tooltip="For Würstchen Stage C Sampler, or any other sampler."),
+            sockets.weight_dtype_input(),
         )
 
 
-class WuerstchenLoadTextEncoder(NetworkLoader):
+class WuerstchenLoadTextEncoder(FileLoader):
     KIND = "text_encoder"
 
     @classmethod
@@ -135,36 +146,48 @@ class WuerstchenLoadTextEncoder(NetworkLoader):
             "Text Encoder",
             "Loads the text encoder of a CLIP model. v2's Stage C was trained with CLIP bigG (width 1280; SDXL's "
             "clip_g.safetensors is one), Stage B and v1's Stage C with CLIP H (width 1024): use this node twice.",
-            sockets.TextEncoder.Output(
-                display_name="text encoder",
-                tooltip="For Würstchen Text Encode: bigG for the prompts of v2's Stage C, H for those of Stage B.",
+            io.Clip.Output(
+                display_name="CLIP",
+                tooltip="For prompts: bigG for those of v2's Stage C, H for those of Stage B.",
             ),
         )
 
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(host.loading.load_text_encoder(file))
 
-class WuerstchenLoadSemanticCompressor(NetworkLoader):
+
+class WuerstchenLoadSemanticCompressor(FileLoader):
     KIND = "semantic_compressor"
+    LINEAR = "none: one colour a position"
 
     @classmethod
     def define_schema(cls):
         return cls.schema(
             "Semantic Compressor",
             "Loads the semantic compressor. v2's is in the authors' Stage B file, model_v2_stage_b.pt.",
-            sockets.SemanticCompressor.Output(
-                display_name="semantic compressor", tooltip="For Würstchen Semantic Compress."
+            io.Vae.Output(
+                display_name="semantic VAE",
+                tooltip="For Würstchen Semantic Compress and Preview; VAE Encode and VAE Decode do the same.",
+            ),
+            io.Combo.Input(
+                "previewer",
+                options=[cls.LINEAR, *host.folders.weight_files("previewer")],
+                default=cls.LINEAR,
+                optional=True,
+                tooltip=f"What shows latents as small pictures: a file in {host.folders.places('previewer')}. None is "
+                "published: train one.",
             ),
         )
-
-
-class WuerstchenLoadPreviewer(NetworkLoader):
-    KIND = "previewer"
 
     @classmethod
-    def define_schema(cls):
-        return cls.schema(
-            "Previewer",
-            "Loads a previewer, which shows Stage C's latents as small pictures. None has been published: train one.",
-            sockets.Previewer.Output(
-                display_name="previewer", tooltip="For Würstchen Semantic Preview and Würstchen Stage C Sampler."
-            ),
-        )
+    def fingerprint_inputs(cls, file, previewer=None):
+        return host.fingerprints.of_files(semantic_compressor=file, previewer=cls._named(previewer))
+
+    @classmethod
+    def execute(cls, file: str, previewer: str | None = None) -> io.NodeOutput:
+        return io.NodeOutput(host.loading.load_semantic(file, cls._named(previewer)))
+
+    @classmethod
+    def _named(cls, previewer: str | None) -> str | None:
+        return None if previewer == cls.LINEAR else previewer

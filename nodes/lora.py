@@ -10,16 +10,17 @@ class WuerstchenLoadLoRA(io.ComfyNode):
             node_id="WuerstchenLoadLoRA",
             display_name="Würstchen Load LoRA",
             category=sockets.CATEGORY,
-            description="Applies a LoRA to Stage C. Several of these nodes in a row add up.",
+            description="Applies a LoRA to Stage C. Several of these nodes in a row add up. ComfyUI's own LoRA loaders "
+            "work too, but do not read an alpha that is in a file's metadata.",
             inputs=[
-                sockets.StageC.Input(
-                    "stage_c", tooltip="From Würstchen Load Stage C, Würstchen Load Model or another LoRA."
+                io.Model.Input(
+                    "model", tooltip="Stage C: from Würstchen Load Stage C, Würstchen Load Model or another LoRA."
                 ),
                 io.Combo.Input(
                     "file",
-                    options=list(host.weight_files("lora")),
-                    tooltip=f"A file in {host.places('lora')}: a LoRA for Würstchen's Stage C, which diffusers calls "
-                    "the prior.",
+                    options=list(host.folders.weight_files("lora")),
+                    tooltip=f"A file in {host.folders.places('lora')}: a LoRA for Würstchen's Stage C, which diffusers "
+                    "calls the prior.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -32,12 +33,17 @@ class WuerstchenLoadLoRA(io.ComfyNode):
                 ),
             ],
             outputs=[
-                sockets.StageC.Output(
+                io.Model.Output(
                     display_name="Stage C", tooltip="Stage C with the LoRA; the one that came in is unchanged."
                 )
             ],
         )
 
     @classmethod
-    def execute(cls, stage_c: host.Model, file: str, strength: float) -> io.NodeOutput:
-        return io.NodeOutput(host.with_lora(sockets.network(stage_c, "stage_c"), file, strength))
+    def fingerprint_inputs(cls, file, **others):
+        return host.fingerprints.of_files(lora=file)
+
+    @classmethod
+    def execute(cls, model, file: str, strength: float) -> io.NodeOutput:
+        host.models.require(model, "stage_c", "Würstchen Load LoRA")
+        return io.NodeOutput(host.lora.with_lora(model, file, strength))

@@ -1,8 +1,7 @@
 from comfy_api.latest import io
 
-from ..wuerstchen_core.models.stage_c import StageCConfig
-from ..wuerstchen_core.pipeline import preview
 from . import host, latents, sockets
+from .stage_c import CHANNELS
 
 
 class WuerstchenSemanticPreview(io.ComfyNode):
@@ -14,21 +13,22 @@ class WuerstchenSemanticPreview(io.ComfyNode):
             category=sockets.CATEGORY,
             description="Shows a latent of Stage C as a small picture, without running Stage B.",
             inputs=[
-                io.Latent.Input("latent", tooltip="From Würstchen Stage C Sampler or Würstchen Semantic Compress."),
-                sockets.previewer_input(),
+                io.Latent.Input("latent", tooltip="From a sampler with Stage C, or Würstchen Semantic Compress."),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="The semantic VAE, from Würstchen Load Model or Würstchen Load Semantic Compressor. "
+                    "Without, each position of the latent is one colour, as fits the mini.",
+                ),
             ],
             outputs=[io.Image.Output(tooltip="Small pictures, 8 pixels per position of the latent.")],
         )
 
     @classmethod
-    def execute(cls, latent, previewer: host.Model | None = None) -> io.NodeOutput:
-        samples = latents.samples_of(
-            latent,
-            StageCConfig().latent_channels,
-            "Würstchen Semantic Preview",
-            "Würstchen Stage C Sampler or Würstchen Semantic Compress",
-        )
-        previewer = host.linear_preview() if previewer is None else sockets.network(previewer, "previewer")
-        device = previewer.load(host.PREVIEW_MEMORY * samples[:, 0].numel())
-        images = preview(previewer.network, samples.to(device), previewer.dtype)
-        return io.NodeOutput(host.to_intermediate(images))
+    def execute(cls, latent, vae=None) -> io.NodeOutput:
+        node = "Würstchen Semantic Preview"
+        samples = latents.samples_of(latent, CHANNELS, node, "Würstchen Stage C Sampler or Würstchen Semantic Compress")
+        if vae is None:
+            return io.NodeOutput(host.loading.linear_preview(samples))
+        host.loading.require_semantic(vae, node)
+        return io.NodeOutput(vae.decode(samples))

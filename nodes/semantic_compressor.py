@@ -1,13 +1,8 @@
-import math
-
 import torch
 from comfy_api.latest import io
 
-from ..wuerstchen_core.pipeline import compress, fit
+from ..wuerstchen_core.pipeline import fit
 from . import host, images, latents, sockets
-
-# Peak memory of the released compressor in bytes per position of its latent.
-WORKING_MEMORY = 172 * 1024
 
 
 class WuerstchenSemanticCompress(io.ComfyNode):
@@ -20,8 +15,9 @@ class WuerstchenSemanticCompress(io.ComfyNode):
             description="Turns a picture into the kind of small latent that Stage C makes from text, 42.67 times "
             "smaller a side. Stage B redraws the picture from it; Stage C can change it.",
             inputs=[
-                sockets.SemanticCompressor.Input(
-                    "semantic_compressor", tooltip="From Würstchen Load Semantic Compressor or Würstchen Load Model."
+                io.Vae.Input(
+                    "vae",
+                    tooltip="The semantic VAE, from Würstchen Load Semantic Compressor or Würstchen Load Model.",
                 ),
                 io.Image.Input(
                     "image",
@@ -34,11 +30,8 @@ class WuerstchenSemanticCompress(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, semantic_compressor: host.Model, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:
-        semantic_compressor = sockets.network(semantic_compressor, "semantic_compressor")
+    def execute(cls, vae, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:
+        node = "Würstchen Semantic Compress"
+        host.loading.require_semantic(vae, node)
         geometry = latents.picture_size(width, height)
-        image = images.rgb(image, "Würstchen Semantic Compress")
-        positions = math.prod(geometry.stage_c) * len(image)
-        device = semantic_compressor.load(WORKING_MEMORY * positions + 2 * image.numel() * image.element_size())
-        image = fit(image.to(device), geometry)
-        return io.NodeOutput(latents.pack(compress(semantic_compressor.network, image), geometry))
+        return io.NodeOutput(latents.pack(vae.encode(fit(images.rgb(image, node), geometry)), geometry))

@@ -1,41 +1,23 @@
-"""The pack's own socket types, each carrying a `host.Model`; everything else uses ComfyUI's."""
+"""Inputs that several nodes have."""
 
 from comfy_api.latest import io
 
-from ..wuerstchen_core import WuerstchenError
-from ..wuerstchen_core.checkpoints.load import NETWORKS
 from ..wuerstchen_core.diffusion.samplers import SAMPLERS
-from . import host
+from ..wuerstchen_core.diffusion.schedule import SCHEDULES
 from .latents import LARGEST_SIDE, SMALLEST_SIDE
 
 CATEGORY = "Würstchen"
-
-StageA = io.Custom("WUERSTCHEN_STAGE_A")
-StageB = io.Custom("WUERSTCHEN_STAGE_B")
-StageC = io.Custom("WUERSTCHEN_STAGE_C")
-TextEncoder = io.Custom("WUERSTCHEN_TEXT_ENCODER")
-SemanticCompressor = io.Custom("WUERSTCHEN_SEMANTIC_COMPRESSOR")
-Previewer = io.Custom("WUERSTCHEN_PREVIEWER")
-
-LOADERS = {
-    "stage_a": "Würstchen Load Stage A",
-    "stage_b": "Würstchen Load Stage B",
-    "stage_c": "Würstchen Load Stage C",
-    "text_encoder": "Würstchen Load Text Encoder",
-    "semantic_compressor": "Würstchen Load Semantic Compressor",
-    "previewer": "Würstchen Load Previewer",
-}
+WEIGHT_DTYPES = ("default", "fp16", "bf16", "fp8_e4m3fn")
 
 
-def network(given: host.Model, kind: str) -> host.Model:
-    """Returns what a network socket was given, which in a workflow from a script may be anything.
-
-    Raises WuerstchenError if it is not a network of that kind.
-    """
-    found = type(given.network if isinstance(given, host.Model) else given).__name__
-    if isinstance(given, host.Model) and found == NETWORKS[kind][0].__name__:
-        return given
-    raise WuerstchenError(f"{kind}: expected the output of {LOADERS[kind]} or Würstchen Load Model, got {found}")
+def weight_dtype_input() -> io.Input:
+    return io.Combo.Input(
+        "weight_dtype",
+        options=list(WEIGHT_DTYPES),
+        default="default",
+        tooltip="What the weights of Stage C and Stage B are kept in; default: what ComfyUI chooses for this device. "
+        "fp8_e4m3fn takes a quarter of the memory of fp32, and costs some quality.",
+    )
 
 
 def seed_input(tooltip: str) -> io.Int.Input:
@@ -45,7 +27,7 @@ def seed_input(tooltip: str) -> io.Int.Input:
 def sampling_inputs(steps: int, cfg: float, cfg_tooltip: str) -> list[io.Input]:
     """The inputs that both samplers share, with each stage's defaults."""
     return [
-        io.Int.Input("steps", default=steps, min=1, max=1000, tooltip="More steps take longer and help up to a point."),
+        steps_input(steps),
         io.Float.Input("cfg", default=cfg, min=0.0, max=30.0, step=0.1, round=0.01, tooltip=cfg_tooltip),
         io.Combo.Input(
             "sampler", options=list(SAMPLERS), default="ddpm", tooltip="ddpm adds fresh noise at every step."
@@ -53,12 +35,29 @@ def sampling_inputs(steps: int, cfg: float, cfg_tooltip: str) -> list[io.Input]:
     ]
 
 
-def previewer_input() -> io.Input:
-    return Previewer.Input(
-        "previewer",
-        optional=True,
-        tooltip="From Würstchen Load Previewer, or Würstchen Load Model if its set has one. Without one, each "
-        "position of the latent is shown as one colour, which fits the mini.",
+def steps_input(steps: int) -> io.Input:
+    return io.Int.Input(
+        "steps", default=steps, min=1, max=1000, tooltip="More steps take longer and help up to a point."
+    )
+
+
+def schedule_input() -> io.Input:
+    return io.Combo.Input(
+        "schedule",
+        options=list(SCHEDULES),
+        default="even",
+        tooltip="How the steps are spaced: uneven spends two thirds of them on the noisiest third.",
+    )
+
+
+def denoise_input() -> io.Input:
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="1 starts from pure noise; lower values keep more of the latent, 0 all of it.",
     )
 
 

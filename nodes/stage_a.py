@@ -1,14 +1,10 @@
-import math
-
 import torch
+import torch.nn.functional as F
 from comfy_api.latest import io
+from einops import rearrange
 
 from ..wuerstchen_core import Geometry
-from ..wuerstchen_core.pipeline import decode, encode
 from . import host, images, latents, sockets
-
-# Peak memory of the released Stage A in bytes per position of its latent.
-WORKING_MEMORY = 64 * 1024
 
 
 class WuerstchenVQGANDecode(io.ComfyNode):
@@ -18,31 +14,22 @@ class WuerstchenVQGANDecode(io.ComfyNode):
             node_id="WuerstchenVQGANDecode",
             display_name="Würstchen VQGAN Decode",
             category=sockets.CATEGORY,
-            description="Stage A: turns a latent into a picture.",
+            description="Stage A: turns a latent into a picture of exactly the size that was asked for. VAE Decode "
+            "gives multiples of 64.",
             inputs=[
-                sockets.StageA.Input("stage_a", tooltip="From Würstchen Load Stage A or Würstchen Load Model."),
-                io.Latent.Input("latent", tooltip="From Würstchen Stage B Sampler or Würstchen VQGAN Encode."),
+                io.Vae.Input("vae", tooltip="Stage A: from Würstchen Load Stage A, Würstchen Load Model or Load VAE."),
+                io.Latent.Input("latent", tooltip="From a sampler with Stage B or Würstchen VQGAN Encode."),
             ],
             outputs=[io.Image.Output(tooltip="The pictures.")],
         )
 
     @classmethod
-    def execute(cls, stage_a: host.Model, latent) -> io.NodeOutput:
-        stage_a = sockets.network(stage_a, "stage_a")
-        samples = latents.samples_of(
-            latent,
-            stage_a.network.config.latent_channels,
-            "Würstchen VQGAN Decode",
-            "Würstchen Stage B Sampler or Würstchen VQGAN Encode",
-        )
-        latents.refuse_mask(latent, "Würstchen VQGAN Decode")
-        geometry = latents.geometry_of_stage_a(latent)
-        device = stage_a.load(WORKING_MEMORY * samples[0, 0].numel())
-        pictures = [
-            latents.cut(decode(stage_a.network, one.to(device), dtype=stage_a.dtype), geometry)
-            for one in samples.split(1)
-        ]
-        return io.NodeOutput(host.to_intermediate(torch.cat(pictures)))
+    def execute(cls, vae, latent) -> io.NodeOutput:
+        node = "Würstchen VQGAN Decode"
+        host.loading.require_stage_a(vae, node)
+        sources = "Würstchen Stage B Sampler or Würstchen VQGAN Encode"
+        samples = latents.samples_of(latent, vae.latent_channels, node, sources)
+        return io.NodeOutput(latents.cut(vae.decode(samples).clamp(0, 1), latents.geometry_of_stage_a(latent)))
 
 
 class WuerstchenVQGANEncode(io.ComfyNode):
@@ -54,7 +41,7 @@ class WuerstchenVQGANEncode(io.ComfyNode):
             category=sockets.CATEGORY,
             description="Stage A: turns a picture into a latent, 4 times smaller a side.",
             inputs=[
-                sockets.StageA.Input("stage_a", tooltip="From Würstchen Load Stage A or Würstchen Load Model."),
+                io.Vae.Input("vae", tooltip="Stage A: from Würstchen Load Stage A, Würstchen Load Model or Load VAE."),
                 io.Image.Input(
                     "image", tooltip="Its sides are cropped to multiples of 8; transparency is put on white."
                 ),
@@ -63,11 +50,10 @@ class WuerstchenVQGANEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, stage_a: host.Model, image: torch.Tensor) -> io.NodeOutput:
+    def execute(cls, vae, image: torch.Tensor) -> io.NodeOutput:
         node = "Würstchen VQGAN Encode"
-        stage_a = sockets.network(stage_a, "stage_a")
+        host.loading.require_stage_a(vae, node)
         image = images.whole_steps(images.rgb(image, node), node)
         geometry = Geometry(width=image.shape[2], height=image.shape[1])
-        device = stage_a.load(WORKING_MEMORY * math.prod(geometry.stage_a))
-        samples = [encode(stage_a.network, one.to(device), stage_a.dtype) for one in image.split(1)]
-        return io.NodeOutput(latents.pack(torch.cat(samples), geometry))
+        planes = F.pad(rearrange(image, "b h w c -> b c h w"), geometry.margins, mode="replicate")
+        return io.NodeOutput(latents.pack(vae.encode(rearrange(planes, "b c h w -> b h w c")), geometry))

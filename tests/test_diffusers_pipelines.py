@@ -123,7 +123,7 @@ def test_pictures_are_diffusers(
         generator = torch.Generator().manual_seed(seed)
         return lambda: torch.randn(latent.shape, generator=generator)
 
-    monkeypatch.setattr(pipeline, "_noise", draw_as_diffusers)
+    monkeypatch.setattr(pipeline, "noise_source", draw_as_diffusers)
     pictures = ours.generate(
         prompt,
         negative_prompt=negative,

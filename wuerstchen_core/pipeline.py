@@ -396,7 +396,7 @@ def _sample(
     latent = latent.float()
     if mask is not None:
         mask = _checked_mask(mask, latent)
-    draw = _noise(latent, options.seed, batch_index)
+    draw = noise_source(latent, options.seed, batch_index)
     times = sampling_times(options.steps, options.schedule, options.denoise)
     if times[0] == 0:
         return latent
@@ -418,7 +418,7 @@ def _sample(
     return sampled if mask is None else torch.where(mask > 0, sampled, latent)
 
 
-def _noise(latent: Tensor, seed: int, batch_index: list[int] | None) -> Callable[[], Tensor]:
+def noise_source(latent: Tensor, seed: int, batch_index: list[int] | None) -> Callable[[], Tensor]:
     """Standard normal noise in the latent's shape at every call, drawn on the CPU.
 
     Each call has a generator of its own, the first one the seed's, so that a picture gets the same noise whatever the

@@ -1,20 +1,14 @@
-"""Everything the nodes need from ComfyUI itself: folders, devices and memory, progress and Cancel."""
+"""All that the nodes need of ComfyUI itself.
 
-from .folders import model_sets, places, weight_files
-from .loading import LOADERS, PREVIEW_MEMORY, Model, linear_preview, load_network, load_set, to_intermediate, with_lora
-from .progress import progress
+A module of it is imported when it is first used: describing the nodes takes none of ComfyUI's networks.
+"""
 
-__all__ = [
-    "LOADERS",
-    "PREVIEW_MEMORY",
-    "Model",
-    "linear_preview",
-    "load_network",
-    "load_set",
-    "model_sets",
-    "places",
-    "progress",
-    "to_intermediate",
-    "weight_files",
-    "with_lora",
-]
+import importlib
+
+MODULES = ("devices", "fingerprints", "folders", "loading", "lora", "models", "sampling")
+
+
+def __getattr__(name: str):
+    if name in MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,151 +1,89 @@
-"""Networks in ComfyUI's hands: it decides on devices, precision and memory."""
+"""Files and folders of ComfyUI's users -> networks on its sockets."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from pathlib import Path
-
-import comfy.model_management as management
-import comfy.ops
-import torch
-from comfy.cli_args import args
+import comfy.sd
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...wuerstchen_core import LoRA, load_lora
-from ...wuerstchen_core.checkpoints.load import (
-    load_previewer,
-    load_semantic_compressor,
-    load_stage_a,
-    load_stage_b,
-    load_stage_c,
-    load_text_encoder,
-)
+from ...wuerstchen_core import WuerstchenError
 from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW, find_set
-from .folders import listed_file, model_set, warn_once
+from ...wuerstchen_core.pipeline import preview
+from . import lora
+from .devices import to_intermediate
+from .folders import listed_file, model_set
+from .models import load_diffusion
+from .previews import Previewer
+from .text import load_clip
+from .vae import SemanticVAE, StageAVAE
 
-PREVIEW_MEMORY = 72 * 1024  # peak memory of the paper's previewer in bytes per position of the latent
-TEXT_OPTIONS = ("fp32_text_enc", "bf16_text_enc", "fp16_text_enc", "fp8_e4m3fn_text_enc", "fp8_e5m2_text_enc")
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A network whose place ComfyUI decides; `dtype` is what it computes in."""
-
-    network: nn.Module
-    patcher: ModelPatcher
-    dtype: torch.dtype
-    splits: bool = False  # its layers cast and move their weights when used, so that it may be loaded in part
-    loras: tuple[tuple[LoRA, float], ...] = ()  # with their strengths; Stage C applies them while it samples
-
-    def load(self, memory: int = 0) -> torch.device:
-        """Loads it and keeps `memory` bytes free to compute in; returns the device to compute on."""
-        changed = {name for lora, _ in self.loras for name in lora.changes}
-        memory += sum(self.network.get_submodule(name).weight.nbytes for name in changed)
-        management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=not self.splits)
-        return self.patcher.load_device if self.splits else next(self.network.parameters()).device
+lora.register()
 
 
-def load_set(name: str) -> dict[str, Model]:
-    """The networks of a set under their names in `SET`; what is optional there only if the set has it.
+def load_set(name: str, weight_dtype: str = "default") -> tuple:
+    """A whole set by its name: Stage C and its CLIP, Stage B and its CLIP or None, Stage A's VAE, the semantic VAE.
 
-    Raises WuerstchenError if there is no such set, or if one of its files is missing or can't be loaded.
+    Raises WuerstchenError.
     """
     paths = find_set(model_set(name))
-    networks = {
-        "text_encoder_c": _text_encoder(paths["text_encoder_c"]),
-        **{kind: LOADERS[kind](paths[kind]) for kind in ("stage_a", "stage_b", "stage_c", "semantic_compressor")},
-    }
-    if paths.get("text_encoder_b") == paths["text_encoder_c"]:
-        networks["text_encoder_b"] = networks["text_encoder_c"]
-    elif "text_encoder_b" in paths:
-        networks["text_encoder_b"] = _text_encoder(paths["text_encoder_b"])
+    stage_c = load_diffusion("stage_c", paths["stage_c"], weight_dtype)
     if "previewer" in paths:
-        networks["previewer"] = _previewer(paths["previewer"])
-    return networks
+        stage_c.model.latent_format.previewer = Previewer(paths["previewer"])
+    clip_c = load_clip(paths["text_encoder_c"])
+    path_b = paths.get("text_encoder_b")
+    if path_b == paths["text_encoder_c"]:
+        clip_b = clip_c
+    else:
+        clip_b = None if path_b is None else load_clip(path_b)
+    return (
+        stage_c,
+        clip_c,
+        load_diffusion("stage_b", paths["stage_b"], weight_dtype),
+        clip_b,
+        StageAVAE(paths["stage_a"]),
+        SemanticVAE(paths["semantic_compressor"], paths.get("previewer")),
+    )
 
 
-def load_network(kind: str, name: str) -> Model:
-    """The network in a file, by its name in `weight_files`. Raises WuerstchenError as the core's loaders do."""
-    return LOADERS[kind](listed_file(kind, name))
+def load_stage(kind: str, file: str, weight_dtype: str) -> ModelPatcher:
+    """Stage C or Stage B from a file, by the name that `weight_files` has for it. Raises WuerstchenError."""
+    return load_diffusion(kind, listed_file(kind, file), weight_dtype)
 
 
-def with_lora(model: Model, name: str, strength: float) -> Model:
-    """Stage C with one more LoRA, by its name in `weight_files`; the model that came in does not change.
-
-    Raises WuerstchenError as `load_lora` does, and for a LoRA of another network.
-    """
-    lora = load_lora(listed_file("lora", name))
-    lora.check(model.network)
-    return replace(model, loras=(*model.loras, (lora, strength)))
+def load_text_encoder(file: str) -> comfy.sd.CLIP:
+    """The same for a text encoder."""
+    return load_clip(listed_file("text_encoder", file))
 
 
-@cache
-def linear_preview() -> Model:
-    """The pack's own previewer: one colour per position, fitted to the mini's latents."""
-    return _previewer(LINEAR_PREVIEW)
+def load_stage_a(file: str) -> StageAVAE:
+    """The same for Stage A."""
+    return StageAVAE(listed_file("stage_a", file))
 
 
-def to_intermediate(tensor: Tensor) -> Tensor:
-    """The tensor where and as ComfyUI passes it between nodes, in float32."""
-    return tensor.to(management.intermediate_device(), torch.float32)
+def load_semantic(file: str, previewer: str | None) -> SemanticVAE:
+    """The same for a semantic compressor, and for a previewer if one is named."""
+    path = None if previewer is None else listed_file("previewer", previewer)
+    return SemanticVAE(listed_file("semantic_compressor", file), path)
 
 
-def _diffusion(load: Callable[..., nn.Module], path: Path) -> Model:
-    device, offload = management.get_torch_device(), management.unet_offload_device()
-    stored = management.unet_dtype(device=device, supported_dtypes=DTYPES)
-    dtype = management.unet_manual_cast(stored, device, DTYPES) or stored
-    operations = comfy.ops.disable_weight_init if dtype == stored else comfy.ops.manual_cast
-    network = load(path, offload, stored, operations=operations)
-    return Model(network, ModelPatcher(network, device, offload), dtype, splits=True)
+def linear_preview(latent: Tensor) -> Tensor:
+    """latent of Stage C (B, 16, p, q) -> small pictures (B, 8p, 8q, 3), each position one colour, as fits the mini."""
+    previewer = Previewer(LINEAR_PREVIEW)
+    return to_intermediate(preview(previewer.network, latent.float()))
 
 
-def _stage_a(path: Path) -> Model:
-    device, offload = management.vae_device(), management.vae_offload_device()
-    dtype = management.vae_dtype(device, [torch.float16, torch.bfloat16])
-    network = load_stage_a(path, offload, dtype)
-    return Model(network, ModelPatcher(network, device, offload), dtype)
+def require_semantic(vae: comfy.sd.VAE, node: str) -> None:
+    """Raises WuerstchenError if a VAE is another than the semantic one."""
+    if not isinstance(vae, SemanticVAE):
+        raise WuerstchenError(
+            f"{node} takes the semantic VAE, and this is {'Stage A' if isinstance(vae, StageAVAE) else 'another VAE'}: "
+            "take it from Würstchen Load Model or Würstchen Load Semantic Compressor"
+        )
 
 
-def _text_encoder(path: Path) -> Model:
-    device, offload = management.text_encoder_device(), management.text_encoder_offload_device()
-    dtype = _text_dtype(device)
-    network = load_text_encoder(path, offload, dtype)
-    return Model(network, ModelPatcher(network, device, offload), dtype)
-
-
-def _text_dtype(device: torch.device) -> torch.dtype:
-    """What --fp32-text-enc, --bf16-text-enc or --fp16-text-enc asks for, else what the device computes fast.
-
-    ComfyUI's own default is float16 on every device, since it computes in another precision than it stores.
-    """
-    asked = management.text_encoder_dtype(device) if any(getattr(args, name, False) for name in TEXT_OPTIONS) else None
-    if asked in DTYPES:
-        return asked
-    dtype = torch.float16 if management.should_use_fp16(device) else torch.float32
-    if asked is not None:
-        warn_once(f"Würstchen: its text encoders do not run in {asked}, {dtype} is used")
-    return dtype
-
-
-def _semantic_compressor(path: Path) -> Model:
-    device, offload = management.text_encoder_device(), management.text_encoder_offload_device()
-    network = load_semantic_compressor(path, offload)
-    return Model(network, ModelPatcher(network, device, offload), torch.float32)
-
-
-def _previewer(path: Path) -> Model:
-    device, offload = management.vae_device(), management.vae_offload_device()
-    network = load_previewer(path, offload)
-    return Model(network, ModelPatcher(network, device, offload), torch.float32)
-
-
-LOADERS: dict[str, Callable[[Path], Model]] = {
-    "stage_a": _stage_a,
-    "stage_b": partial(_diffusion, load_stage_b),
-    "stage_c": partial(_diffusion, load_stage_c),
-    "text_encoder": _text_encoder,
-    "semantic_compressor": _semantic_compressor,
-    "previewer": _previewer,
-}
+def require_stage_a(vae: comfy.sd.VAE, node: str) -> None:
+    """Raises WuerstchenError if a VAE is another than Stage A. ComfyUI's own of the same file is as good as ours."""
+    ours = isinstance(vae, comfy.sd.VAE) and (vae.latent_channels, vae.spacial_compression_decode())
+    if ours != (StageAVAE.CHANNELS, StageAVAE.RATIO):
+        raise WuerstchenError(
+            f"{node} takes Stage A, and this is {'the semantic' if isinstance(vae, SemanticVAE) else 'another'} VAE: "
+            "take it from Würstchen Load Model, Würstchen Load Stage A, or Load VAE with Stage A's file"
+        )

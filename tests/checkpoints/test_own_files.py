@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wuerstchen_core as w
-from wuerstchen_core.checkpoints.load import METADATA_KEY
+from wuerstchen_core.checkpoints.load import METADATA_KEY, header_tensor, load_network
 from wuerstchen_core.checkpoints.sets import SET, find_set
 from wuerstchen_core.models.stage_c import Prior, StageCConfig
 
@@ -146,3 +146,37 @@ def test_configurations_survive_as_json(tiny):
     for network in (tiny.stage_b, tiny.semantic_compressor):
         assert hash(network.config) == hash(dataclasses.replace(network.config))
         assert network.config.latent_space.to_features(torch.ones(1)).item() == 1.5
+
+
+def test_a_configuration_may_be_a_tensor_beside_the_weights(tiny_folder, tmp_path):
+    """As hosts write it that keep no metadata: two networks in a file, each with its own prefix."""
+    tensors = {}
+    for role, prefix in (("stage_b", "model.diffusion_model."), ("stage_a", "first_stage_model.")):
+        network = LOADERS[role](tiny_folder / SET[role])
+        changed = {"stage_a_scale": 2.5} if role == "stage_b" else {"scale_factor": 2.5}
+        network.config = dataclasses.replace(network.config, **changed)
+        tensors |= {prefix + name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        tensors[prefix + METADATA_KEY] = header_tensor(network)
+    save_file(tensors, tmp_path / "both.safetensors")
+    stage_a, stage_b = w.load_stage_a(tmp_path / "both.safetensors"), w.load_stage_b(tmp_path / "both.safetensors")
+    assert stage_a.config.scale_factor == stage_b.config.stage_a_scale == 2.5
+    assert stage_b.config.heads == (0, 2, 2, 2)  # which shapes do not show
+    with pytest.raises(ValueError, match="stage_c"):
+        w.load_stage_c(tmp_path / "both.safetensors")
+    tensors["first_stage_model.wuerstchen"] = torch.tensor(list(b"{nonsense"), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match="bad.safetensors"):
+        w.load_stage_a(tmp_path / "bad.safetensors")
+
+
+def test_a_network_may_be_of_a_subclass(tiny_folder):
+    class Hosted(Prior):
+        pass
+
+    network = load_network("stage_c", tiny_folder / SET["stage_c"], network=Hosted)
+    assert type(network) is Hosted and not network.training
+
+
+def test_the_mini_knows_the_scale_of_its_stage_a():
+    pipe = w.Wuerstchen.mini()
+    assert pipe.stage_b.config.stage_a_scale == pipe.stage_a.config.scale_factor

@@ -1,45 +1,10 @@
-"""Noise masks that no sampler follows: refused, unless they say nothing or Stage C has followed them."""
+"""Where a noise mask lies on the latent."""
 
-import pytest
 import torch
 
 from tests.nodes import comfyui_nodes as comfyui
 from tests.nodes.inputs import noise
-
-
-@pytest.fixture
-def half():
-    mask = torch.zeros(1, 128, 128)
-    mask[..., :64] = 1
-    return mask
-
-
-def test_a_mask_set_after_stage_c_is_refused_by_stage_b(empty, stage_c, stage_b, half):
-    with pytest.raises(ValueError, match="Stage B Sampler does not follow noise masks: set .* Stage C Sampler"):
-        stage_b(comfyui.set_noise_mask(stage_c(empty()), half))
-    masked = stage_c({**comfyui.set_noise_mask(empty(batch_size=2), half), "samples": noise(2, 16, 3, 3)})
-    assert masked["noise_mask"].equal(half[:, None])  # a second pass of Stage C follows it too, as after KSampler
-    with pytest.raises(ValueError, match="does not follow noise masks"):
-        stage_b(comfyui.set_noise_mask(masked, 1 - half))
-
-
-def test_a_mask_that_stage_c_followed_is_not(empty, stage_c, stage_b, half):
-    masks = torch.cat([half, 1 - half])
-    masked = stage_c({**comfyui.set_noise_mask(empty(batch_size=2), masks), "samples": noise(2, 16, 3, 3)})
-    for latent in (masked, comfyui.from_batch(masked, 1), comfyui.repeat(masked, 2)):
-        assert stage_b(latent)["samples"].isfinite().all()
-
-
-def test_a_mask_of_ones_says_nothing(empty, stage_c, stage_b):
-    for latent in comfyui.rebatch(stage_c(empty(batch_size=2))):
-        assert stage_b(latent)["samples"].isfinite().all()
-
-
-def test_a_mask_on_stage_as_latent_is_refused(run, loaded, half):
-    latent = {"samples": noise(1, 4, 16, 16)}
-    with pytest.raises(ValueError, match="Würstchen VQGAN Decode does not follow noise masks"):
-        run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=comfyui.set_noise_mask(latent, half))
-    run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=comfyui.set_noise_mask(latent, torch.ones(1, 8, 8)))
+from wuerstchen_core import Geometry
 
 
 def test_the_mask_of_an_enlarged_latent_lies_on_its_picture(module):
@@ -51,3 +16,23 @@ def test_the_mask_of_an_enlarged_latent_lies_on_its_picture(module):
     geometry = module("nodes.latents").geometry_of_stage_c(latent)
     row = module("nodes.latents").mask_of(latent, geometry)[0, 0, 5]
     torch.testing.assert_close(row, torch.tensor([1.0] * 6 + [0.0] * 6), atol=0.02, rtol=0)
+
+
+def test_the_mask_is_cut_as_the_picture_was(module):
+    """A wide picture that is compressed to a square loses its sides, and so does its mask."""
+    mask = torch.zeros(1, 1, 256, 1024)
+    mask[..., :128, 384:512] = 1  # what the middle of the picture has at its top left
+    latent = {"samples": torch.zeros(1, 16, 6, 6), "noise_mask": mask}
+    cut = module("nodes.latents").mask_of(latent, Geometry(256, 256))
+    expected = torch.zeros(1, 1, 6, 6)
+    expected[..., :3, :3] = 1
+    torch.testing.assert_close(cut, expected, atol=0.05, rtol=0)
+
+
+def test_the_mask_lies_where_the_picture_lies(module):
+    """136 pixels lie in the middle of the 192 that the networks work on: their left quarter ends at 62."""
+    mask = torch.zeros(1, 1, 200, 136)
+    mask[..., :34] = 1
+    latent = {"samples": torch.zeros(1, 16, 6, 5), "noise_mask": mask}
+    columns = module("nodes.latents").mask_of(latent, Geometry(136, 200))[0, 0, 3]
+    torch.testing.assert_close(columns, torch.tensor([1, 62 * 5 / 192 - 1, 0, 0, 0]), atol=0.02, rtol=0)

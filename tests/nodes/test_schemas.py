@@ -13,12 +13,13 @@ def test_the_pack_has_its_nodes(nodes):
         "WuerstchenLoadStageC",
         "WuerstchenLoadTextEncoder",
         "WuerstchenLoadSemanticCompressor",
-        "WuerstchenLoadPreviewer",
         "WuerstchenLoadLoRA",
         "WuerstchenTextEncode",
         "WuerstchenEmptyLatent",
         "WuerstchenStageCSampler",
+        "WuerstchenStageBConditioning",
         "WuerstchenStageBSampler",
+        "WuerstchenScheduler",
         "WuerstchenVQGANDecode",
         "WuerstchenVQGANEncode",
         "WuerstchenSemanticCompress",
@@ -54,15 +55,50 @@ def test_seeds_have_control_after_generate_and_all_of_64_bits(nodes):
         assert seed.control_after_generate and seed.max == LARGEST_SEED
 
 
-def test_sockets_are_comfyuis_except_for_networks(nodes):
-    types = {
-        socket.get_io_type()
-        for node in nodes.values()
-        for socket in (*node.define_schema().inputs, *node.define_schema().outputs)
-    }
-    ours = {name for name in types if name.startswith("WUERSTCHEN_")}
-    assert types - ours == {"IMAGE", "LATENT", "CONDITIONING", "INT", "FLOAT", "STRING", "COMBO"}
-    assert len(ours) == 6
+SAMPLING = "seed steps cfg sampler"
+SIGNATURES = {  # inputs, then the types of the outputs, in order
+    "WuerstchenLoadModel": ("model weight_dtype", "MODEL CLIP MODEL CLIP VAE VAE"),
+    "WuerstchenLoadStageC": ("file weight_dtype", "MODEL"),
+    "WuerstchenLoadStageB": ("file weight_dtype", "MODEL"),
+    "WuerstchenLoadTextEncoder": ("file", "CLIP"),
+    "WuerstchenLoadStageA": ("file", "VAE"),
+    "WuerstchenLoadSemanticCompressor": ("file previewer?", "VAE"),
+    "WuerstchenLoadLoRA": ("model file strength", "MODEL"),
+    "WuerstchenTextEncode": ("clip text", "CONDITIONING"),
+    "WuerstchenEmptyLatent": ("width height batch_size", "LATENT"),
+    "WuerstchenSemanticCompress": ("vae image width height", "LATENT"),
+    "WuerstchenStageCSampler": (f"model positive negative latent {SAMPLING} schedule denoise", "LATENT"),
+    "WuerstchenSemanticPreview": ("latent vae?", "IMAGE"),
+    "WuerstchenStageBConditioning": ("latent positive? negative?", "CONDITIONING CONDITIONING LATENT"),
+    "WuerstchenStageBSampler": (f"model latent {SAMPLING} positive? negative?", "LATENT"),
+    "WuerstchenVQGANDecode": ("vae latent", "IMAGE"),
+    "WuerstchenVQGANEncode": ("vae image", "LATENT"),
+    "WuerstchenScheduler": ("model schedule steps denoise", "SIGMAS"),
+}
+NETWORKS = {"model": "MODEL", "clip": "CLIP", "vae": "VAE"}
+
+
+def test_every_node_has_its_inputs_and_outputs_in_order(nodes):
+    """All of ComfyUI's own types; a workflow keeps widgets and links by their places."""
+    found = {}
+    for node_id, node in nodes.items():
+        schema = node.define_schema()
+        inputs = " ".join(given.id + "?" * bool(given.optional) for given in schema.inputs)
+        found[node_id] = (inputs, " ".join(output.get_io_type() for output in schema.outputs))
+        for given in schema.inputs:
+            assert (
+                given.get_io_type() == NETWORKS.get(given.id, given.get_io_type()) or node_id == "WuerstchenLoadModel"
+            )
+            assert not given.get_io_type().startswith("WUERSTCHEN")
+    assert found == SIGNATURES
+
+
+def test_ids_are_unique_within_a_node(nodes):
+    """ComfyUI refuses the whole pack for one that is not."""
+    for node in nodes.values():
+        schema = node.define_schema()
+        ids = [socket.id for socket in (*schema.inputs, *schema.outputs) if socket.id]
+        assert len(ids) == len(set(ids)), schema.node_id
 
 
 def test_only_host_imports_comfyui_and_the_pack_imports_itself_relatively():

@@ -30,6 +30,7 @@ from .safetensors_file import save_file
 from .stored import json_object
 
 METADATA_KEY = "wuerstchen"
+MAX_HEADER = 100_000  # bytes of a configuration that is a tensor
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -56,15 +57,27 @@ COUNTS: dict[str, Callable[..., int]] = {
 
 def save(network: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Writes a network's weights and configuration to `path`, whole or not at all; floats as `dtype` if given."""
-    kind = next(kind for kind, (cls, _) in NETWORKS.items() if isinstance(network, cls))
-    config: Any = network.config
-    header = json.dumps({"network": kind, "config": dataclasses.asdict(config)})
     tensors = {
         name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in network.state_dict().items()
     }
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata={METADATA_KEY: header})
+        save_file(tensors, partial, metadata={METADATA_KEY: _header(network)})
+
+
+def header_tensor(network: nn.Module) -> torch.Tensor:
+    """A network's kind and configuration as bytes, for hosts that write tensors without our metadata.
+
+    A file that holds it as `PREFIXwuerstchen` beside the network's own tensors, whose names begin with the same prefix,
+    is read as one in our layout.
+    """
+    return torch.frombuffer(bytearray(_header(network).encode()), dtype=torch.uint8)
+
+
+def _header(network: nn.Module) -> str:
+    kind = next(kind for kind, (cls, _) in NETWORKS.items() if isinstance(network, cls))
+    config: Any = network.config
+    return json.dumps({"network": kind, "config": dataclasses.asdict(config)})
 
 
 def load_stage_a(path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, operations=nn) -> VQGAN:
@@ -122,10 +135,10 @@ def parts(archive: Archive) -> dict[str, Part]:
 
     Raises WuerstchenError where there is none, or where it is none that the loaders could take.
     """
+    own = _own_parts(archive)
     if METADATA_KEY in archive.metadata:
-        own = _own_part(archive)
-        return {own.kind: own}
-    found = {kind: part_at(archive, kind, prefix) for kind, prefix in places(archive).items()}
+        return own
+    found = {kind: part_at(archive, kind, prefix) for kind, prefix in places(archive).items() if kind not in own} | own
     if not found:
         raise WuerstchenError(f"{archive.path}: this is {_unknown(archive)}")
     return found
@@ -134,6 +147,10 @@ def parts(archive: Archive) -> dict[str, Part]:
 def load_network(
     kind: str, path: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32, **options
 ) -> nn.Module:
+    """The network of a kind from `path`; see `load_stage_a`.
+
+    `network`, an option, is the class to make it of in place of the kind's own, of which it is a subclass.
+    """
     archive = open_archive(path)
     part = _part(archive, kind)
     network = empty(archive, part, **options)
@@ -166,13 +183,12 @@ def _read(archive: Archive, found: Mapping[str, Source | None], device, dtype) -
 
 
 def _part(archive: Archive, kind: str) -> Part:
-    if METADATA_KEY in archive.metadata:
-        own = _own_part(archive)
-        if own.kind == kind:
-            return own
-        found = {own.kind: own.prefix}
-    else:
-        found = places(archive)
+    own = _own_parts(archive)
+    if kind in own:
+        return own[kind]
+    found = {part.kind: part.prefix for part in own.values()}
+    if METADATA_KEY not in archive.metadata:
+        found = places(archive) | found
         if kind in found:
             return part_at(archive, kind, found[kind])
     if not found:
@@ -188,12 +204,15 @@ def _unknown(archive: Archive) -> str:
     return foreign(archive) or f"no network of Würstchen (the names of its tensors begin with {first})"
 
 
-def empty(archive: Archive, part: Part, **options) -> nn.Module:
-    """The network of a part without memory for its weights. Raises WuerstchenError where there is no such network."""
+def empty(archive: Archive, part: Part, network: type[nn.Module] | None = None, **options) -> nn.Module:
+    """The network of a part, an instance of `network` or else of its kind's class, without memory for its weights.
+
+    Raises WuerstchenError where there is no such network.
+    """
     _check_count(archive, COUNTS[part.kind](part.config))
     try:
         with torch.device("meta"):
-            return NETWORKS[part.kind][0](part.config, **options)
+            return (network or NETWORKS[part.kind][0])(part.config, **options)
     except WuerstchenError as error:
         raise WuerstchenError(f"{archive.path}: there is no {part.kind} of its configuration: {error}") from error
 
@@ -210,9 +229,26 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
-def _own_part(archive: Archive) -> Part:
+def _own_parts(archive: Archive) -> dict[str, Part]:
+    """Kind -> network that is in our layout: by the file's metadata, or by tensors as `header_tensor` makes them."""
+    if METADATA_KEY in archive.metadata:
+        headers = {"": archive.metadata[METADATA_KEY]}
+    else:
+        headers = {
+            name.removesuffix(METADATA_KEY): bytes(archive.read(name).tolist()).decode(errors="replace")
+            for name, tensor in archive.tensors.items()
+            if name.split(".")[-1] == METADATA_KEY
+            and tensor.dtype == torch.uint8
+            and tensor.dim() == 1
+            and len(tensor) <= MAX_HEADER
+        }
+    found = (_own_part(archive, header, prefix) for prefix, header in headers.items())
+    return {part.kind: part for part in found}
+
+
+def _own_part(archive: Archive, text: str, prefix: str) -> Part:
     where = f"{archive.path}: {METADATA_KEY!r} in its metadata"
-    header = json_object(where, archive.metadata[METADATA_KEY])
+    header = json_object(where, text)
     kind = header.get("network")
     if not isinstance(kind, str) or kind not in NETWORKS or "config" not in header:
         raise WuerstchenError(f"{where} is not as we write it")
@@ -222,7 +258,7 @@ def _own_part(archive: Archive) -> Part:
         config = config_from(NETWORKS[kind][1], header["config"])
     except WuerstchenError as error:
         raise WuerstchenError(f"{archive.path}: its configuration is not one of a {kind}: {error}") from error
-    return Part(kind, "ours", "", config)
+    return Part(kind, "ours", prefix, config)
 
 
 def _place(archive: Archive, name: str, tensor: torch.Tensor, device, dtype: torch.dtype | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoints.load import load_semantic_compressor, load_stage_a, load_text_encoder, save
+from ..checkpoints.load import load_semantic_compressor, load_stage_a, load_text_encoder, outline, save
 from ..geometry import Geometry
 from ..models.blocks import LayerNorm2d, ResBlock
 from ..models.latent_space import LatentSpace
@@ -593,7 +594,8 @@ def train_stage_b(emoji: EmojiSet, work: Path, plan: Plan) -> None:
     assert latents is not None
     encoder = load_text_encoder(work / "text_encoder.safetensors")
     states, nothing = read_captions(seen, encoder, work), encoder([""])
-    stage_b = DiffNeXt(STAGE_B)
+    config: Any = outline(work / "stage_a.safetensors", "stage_a").config
+    stage_b = DiffNeXt(dataclasses.replace(STAGE_B, stage_a_scale=config.scale_factor))
     initialise(stage_b)
 
     def loss(generator: random.Random) -> Tensor:

@@ -42,6 +42,7 @@ class StageBConfig:
     time_width: int = 64
     dropout: float = 0.1  # in training mode only
     latent_space: LatentSpace = field(default_factory=LatentSpace)  # of the Stage C it works with
+    stage_a_scale: float = 0.3764  # scale_factor of the Stage A whose latents it denoises
     text_absent: bool = False
 
 

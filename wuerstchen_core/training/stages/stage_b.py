@@ -77,7 +77,8 @@ class Options:
     sample_count: int = option(4, "how many of the data's pictures the samples show, each beside its reconstruction")
     sample_steps: int = option(12, "for samples: steps of Stage B")
     network: StageBConfig = option(
-        StageBConfig(), "the network's sizes, if init is empty; latent_space is the compressor's"
+        StageBConfig(),
+        "the network's sizes, if init is empty; latent_space is the compressor's, stage_a_scale Stage A's",
     )
     compressor: SemanticCompressorConfig = option(
         SemanticCompressorConfig(latent_space=LatentSpace(0.0, 1.0)),
@@ -107,7 +108,11 @@ def build(options: Options, data: DataOptions) -> "StageBTask":
     if options.init:
         network = copied(load_stage_b(weight_file("init", options.init, SET["stage_b"])))
     else:
-        config = dataclasses.replace(options.network, latent_space=compressor.config.latent_space)
+        config = dataclasses.replace(
+            options.network,
+            latent_space=compressor.config.latent_space,
+            stage_a_scale=stage_a.config.scale_factor,
+        )
         network = DiffNeXt(config)
         initialise(network)
     encoder, text_files = None, []

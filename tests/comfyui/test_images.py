@@ -14,11 +14,11 @@ def latent(request, run, loaded):
     """IMAGE -> the samples of its latent, by either of the nodes that take one."""
 
     def compress(image):
-        return run("WuerstchenSemanticCompress", semantic_compressor=loaded["semantic_compressor"], image=image,
+        return run("WuerstchenSemanticCompress", vae=loaded["semantic"], image=image,
                    width=128, height=128)["samples"]  # fmt: skip
 
     def encode(image):
-        return run("WuerstchenVQGANEncode", stage_a=loaded["stage_a"], image=image)["samples"]
+        return run("WuerstchenVQGANEncode", vae=loaded["stage_a"], image=image)["samples"]
 
     return {"compress": compress, "encode": encode}[request.param]
 
@@ -63,5 +63,5 @@ def test_what_is_no_image_is_refused(latent):
 @pytest.mark.parametrize(("width", "height"), [(7, 7), (1, 1), (7, 64), (64, 7)])
 def test_an_image_that_is_too_small_for_a_latent_is_named_by_its_size(run, loaded, width, height):
     with pytest.raises(ValueError, match=f"this image is {width}x{height} pixels, at least 8x8 are needed"):
-        run("WuerstchenVQGANEncode", stage_a=loaded["stage_a"], image=picture(height, width))
-    run("WuerstchenVQGANEncode", stage_a=loaded["stage_a"], image=picture(8, 15))
+        run("WuerstchenVQGANEncode", vae=loaded["stage_a"], image=picture(height, width))
+    run("WuerstchenVQGANEncode", vae=loaded["stage_a"], image=picture(8, 15))

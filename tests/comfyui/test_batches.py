@@ -3,11 +3,8 @@
 import pytest
 import torch
 
-from tests.nodes.inputs import noise, picture, same
-from wuerstchen_core import Geometry
+from tests.nodes.inputs import noise, picture
 from wuerstchen_core.pipeline import sample_stage_c
-
-# Batches and seeds
 
 
 def test_a_batch_is_of_different_pictures(empty, stage_c, stage_b):
@@ -37,9 +34,6 @@ def test_a_picture_taken_out_of_a_batch_stays_itself(empty, stage_c, stage_b, sa
         torch.testing.assert_close(alone["samples"][0], within["samples"][1], rtol=1e-3, atol=1e-3)
 
 
-# ComfyUI's own latent nodes in between
-
-
 def blend(samples1, samples2, factor):
     """As ComfyUI's LatentBlend: the first one's keys, the samples mixed."""
     return {**samples1, "samples": samples1["samples"] * factor + samples2["samples"] * (1 - factor)}
@@ -47,29 +41,29 @@ def blend(samples1, samples2, factor):
 
 def test_a_blend_of_pictures_keeps_the_size(run, loaded, stage_b):
     def compressed(image):
-        return run("WuerstchenSemanticCompress", semantic_compressor=loaded["semantic_compressor"], image=image,
+        return run("WuerstchenSemanticCompress", vae=loaded["semantic"], image=image,
                    width=136, height=200)  # fmt: skip
 
     mixed = blend(compressed(picture(90, 70)), compressed(picture(300, 200)), 0.5)
-    image = run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=stage_b(mixed))
+    image = run("WuerstchenVQGANDecode", vae=loaded["stage_a"], latent=stage_b(mixed))
     assert image.shape == (1, 200, 136, 3)
 
 
 def test_latents_that_lost_their_keys_are_taken_by_their_size(run, loaded, empty, stage_b):
     bare = {"samples": empty(136, 200)["samples"]}  # as LoadLatent gives it
-    image = run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=stage_b(bare))
+    image = run("WuerstchenVQGANDecode", vae=loaded["stage_a"], latent=stage_b(bare))
     assert image.shape == (1, 256, 192, 3)
     bare = {"samples": stage_b(bare)["samples"]}
-    assert run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=bare).shape == (1, 256, 192, 3)
+    assert run("WuerstchenVQGANDecode", vae=loaded["stage_a"], latent=bare).shape == (1, 256, 192, 3)
 
 
 def test_latents_that_were_resized_are_taken_by_their_size(run, loaded, empty, stage_b):
     resized = {**empty(128, 128), "samples": noise(1, 16, 6, 3)}  # as LatentUpscale or LatentRotate gives it
     latent = stage_b(resized)
-    assert run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=latent).shape == (1, 256, 128, 3)
+    assert run("WuerstchenVQGANDecode", vae=loaded["stage_a"], latent=latent).shape == (1, 256, 128, 3)
     latent = stage_b(empty(136, 200))
     cut = {**latent, "samples": latent["samples"][:, :, 3:20, 5:32]}
-    assert run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=cut).shape == (1, 68, 108, 3)
+    assert run("WuerstchenVQGANDecode", vae=loaded["stage_a"], latent=cut).shape == (1, 68, 108, 3)
 
 
 def test_what_comes_in_stays_as_it_was(run, loaded, empty, stage_c, stage_b):
@@ -82,18 +76,15 @@ def test_what_comes_in_stays_as_it_was(run, loaded, empty, stage_c, stage_b):
     assert sampled["extra"] == 1
     image = picture(64, 64)
     kept = image.clone()
-    run("WuerstchenVQGANEncode", stage_a=loaded["stage_a"], image=image)
+    run("WuerstchenVQGANEncode", vae=loaded["stage_a"], image=image)
     run(
         "WuerstchenSemanticCompress",
-        semantic_compressor=loaded["semantic_compressor"],
+        vae=loaded["semantic"],
         image=image,
         width=128,
         height=128,
     )
     assert image.equal(kept)
-
-
-# Noise mask
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
@@ -115,30 +106,7 @@ def test_the_mask_is_the_cores_and_one_for_each_picture(text, tiny, stage_c):
     expected = sample_stage_c(
         tiny.stage_c, start, text("a cat")[0][0], text("")[0][0], cfg=3.0, steps=3, seed=9, mask=mask
     )
-    same(latent["samples"], expected)
-
-
-def test_the_mask_is_cut_as_the_picture_was(module):
-    """A wide picture that is compressed to a square loses its sides, and so does its mask."""
-    mask = torch.zeros(1, 1, 256, 1024)
-    mask[..., :128, 384:512] = 1  # what the middle of the picture has at its top left
-    latent = {"samples": torch.zeros(1, 16, 6, 6), "noise_mask": mask}
-    cut = module("nodes.latents").mask_of(latent, Geometry(256, 256))
-    expected = torch.zeros(1, 1, 6, 6)
-    expected[..., :3, :3] = 1
-    torch.testing.assert_close(cut, expected, atol=0.05, rtol=0)
-
-
-def test_the_mask_lies_where_the_picture_lies(module):
-    """136 pixels lie in the middle of the 192 that the networks work on: their left quarter ends at 62."""
-    mask = torch.zeros(1, 1, 200, 136)
-    mask[..., :34] = 1
-    latent = {"samples": torch.zeros(1, 16, 6, 5), "noise_mask": mask}
-    columns = module("nodes.latents").mask_of(latent, Geometry(136, 200))[0, 0, 3]
-    torch.testing.assert_close(columns, torch.tensor([1, 62 * 5 / 192 - 1, 0, 0, 0]), atol=0.02, rtol=0)
-
-
-# Latents of the wrong stage
+    torch.testing.assert_close(latent["samples"], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_latent_of_the_wrong_stage_says_where_to_take_it_from(run, nodes, loaded, empty, stage_c, stage_b):
@@ -149,7 +117,7 @@ def test_a_latent_of_the_wrong_stage_says_where_to_take_it_from(run, nodes, load
         (lambda: stage_c(video), ("Würstchen Empty Latent", "Würstchen Semantic Compress")),
         (lambda: stage_b(of_a), ("Würstchen Stage C Sampler", "Würstchen Semantic Compress")),
         (
-            lambda: run("WuerstchenVQGANDecode", stage_a=loaded["stage_a"], latent=of_c),
+            lambda: run("WuerstchenVQGANDecode", vae=loaded["stage_a"], latent=of_c),
             ("Würstchen Stage B Sampler", "Würstchen VQGAN Encode"),
         ),
         (

@@ -1,0 +1,76 @@
+"""LoRAs: by our node, and under the names that trainers give to Stage C's modules by ComfyUI's own loaders."""
+
+import re
+
+import comfy.weight_adapter as weight_adapter
+from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
+
+from ...wuerstchen_core import load_lora
+from .folders import listed_file
+
+MODULE = re.compile(
+    r"diffusion_model\.(projection|cond_mapper\.[02]|out\.1"
+    r"|blocks\.\d+\.(?:depthwise|channelwise\.[04]|mapper|kv_mapper\.1|attention\.to_(?:[qkv]|out\.0)))"
+)
+PREFIXES = ("", "prior.", "unet.", "base_model.model.", "prior.base_model.model.", "unet.base_model.model.")
+FLAT_PREFIXES = ("lora_prior_unet_", "lora_prior_", "lycoris_")
+
+
+class TrainersNames(WeightAdapterBase):
+    """One of ComfyUI's adapters that reads nothing itself: the others do, under diffusers', peft's and OneTrainer's
+    names of the module that is asked for by ComfyUI's."""
+
+    name = "wuerstchen"
+
+    @classmethod
+    def load(cls, x, lora, alpha, dora_scale, loaded_keys=None):
+        match = MODULE.fullmatch(x)
+        if match is None:
+            return None
+        loaded_keys = set() if loaded_keys is None else loaded_keys
+        for name in _names(match[1]):
+            for adapter_class in weight_adapter.adapters:
+                if adapter_class is cls:
+                    continue
+                alpha, dora_scale = lora.get(f"{name}.alpha"), lora.get(f"{name}.dora_scale")
+                alpha = None if alpha is None else alpha.item()
+                adapter = adapter_class.load(name, lora, alpha, dora_scale, loaded_keys)
+                if adapter is not None:
+                    loaded_keys.update(key for key in (f"{name}.alpha", f"{name}.dora_scale") if key in lora)
+                    return adapter
+        return None
+
+
+def _names(module: str) -> list[str]:
+    names = [module]
+    if ".attention.to_" in module:
+        processor = module.replace(".attention.to_", ".attention.processor.to_").replace("to_out.0", "to_out")
+        names += [processor, module.removesuffix(".0")] if module.endswith(".0") else [processor]
+    return [prefix + name for prefix in PREFIXES for name in names] + [
+        prefix + module.replace(".", "_") for prefix in FLAT_PREFIXES
+    ]
+
+
+def register() -> None:
+    """Once, however often the pack is loaded."""
+    if all(adapter.name != TrainersNames.name for adapter in weight_adapter.adapters):
+        weight_adapter.adapters.append(TrainersNames)
+
+
+def with_lora(model: ModelPatcher, file: str, strength: float) -> ModelPatcher:
+    """Stage C with one more LoRA, by the name that `weight_files` has for it; the model itself stays as it is.
+
+    Raises WuerstchenError as `load_lora` does, and for a LoRA of another network.
+    """
+    lora = load_lora(listed_file("lora", file))
+    lora.check(model.model.diffusion_model)
+    patches = {
+        f"diffusion_model.{name}.weight": LoRAAdapter(
+            set(), (change.up, change.down, change.scale * change.rank, None, None, None)
+        )
+        for name, change in lora.changes.items()
+    }
+    model = model.clone()
+    model.add_patches(patches, strength)
+    return model

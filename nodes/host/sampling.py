@@ -1,0 +1,95 @@
+"""The core's samplers in ComfyUI's hands: its guider runs them, so that all that users patch into a model counts."""
+
+from collections.abc import Callable
+
+import comfy.model_management as management
+import comfy.samplers
+import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...wuerstchen_core.diffusion.options import SamplingOptions
+from ...wuerstchen_core.diffusion.samplers import SAMPLERS, predict_noise, signal_at
+from ...wuerstchen_core.diffusion.schedule import add_noise, sampling_times
+from ...wuerstchen_core.pipeline import noise_source
+from .models import TIME
+from .schedule import CosineSampling
+
+
+def sample(
+    model: ModelPatcher,
+    positive: list,
+    negative: list,
+    latent: Tensor,
+    options: SamplingOptions,
+    *,
+    mask: Tensor | None = None,
+    batch_index: list[int] | None = None,
+) -> Tensor:
+    """latent (B, C, rows, columns) and CONDITIONINGs -> what a stage draws, the same shape; noise and times are the
+    core's. mask (1 or B, 1, rows, columns): where it is 0, `latent` is kept."""
+    times = sampling_times(options.steps, options.schedule, options.denoise)
+    if times[0] == 0:
+        return latent
+    draw = noise_source(latent, options.seed, batch_index)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(options.cfg)
+    sampled = guider.sample(
+        draw(),
+        latent,
+        CoreSampler(options.sampler, _shifted(model, times), draw),
+        sigmas(model, times),
+        denoise_mask=mask,
+        callback=latent_preview.prepare_callback(model, options.steps),
+        disable_pbar=True,
+        seed=options.seed,
+    )
+    return sampled.to(management.intermediate_device(), torch.float32)
+
+
+def sigmas(model: ModelPatcher, times: list[float]) -> Tensor:
+    """Times of the core, the last one 0 -> sigmas of ComfyUI, the last one 0."""
+    sampling = model.get_model_object("model_sampling")
+    steps = sampling.sigma(torch.tensor(times[:-1], dtype=torch.float64)).float()
+    return torch.cat([steps, torch.zeros(1)])
+
+
+class CoreSampler(comfy.samplers.Sampler):
+    """A sampler of the core by its name. It ends, as the core does, at time 0, where alpha_bar is 0.9999."""
+
+    def __init__(self, name: str, times: list[float], draw: Callable[[], Tensor]):
+        self.run, self.times, self.draw = SAMPLERS[name], times, draw
+
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
+        masked = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
+        masked.latent_image, masked.noise = latent_image, noise
+        told = extra_args["model_options"].setdefault("transformer_options", {})
+
+        def model(x: Tensor, t: float) -> Tensor:
+            signal = signal_at(t)
+            sigma = ((1 - signal) / signal) ** 0.5
+            told[TIME] = t
+            at = torch.full((x.shape[0],), sigma, device=x.device)
+            clean = masked(x / signal**0.5, at, denoise_mask=denoise_mask, **extra_args)
+            return predict_noise(x, clean, signal)
+
+        def report(state: dict) -> None:
+            if callback is not None:
+                callback(state["step"] - 1, state["clean"], state["x"], len(self.times) - 1)
+
+        start = noise if self.times[0] == 1 else add_noise(latent_image, noise, self.times[0])
+        sampled = self.run(model, start, self.times, lambda: self.draw().to(noise), report)
+        return sampled if denoise_mask is None else torch.where(denoise_mask > 0, sampled, latent_image)
+
+
+def _shifted(model: ModelPatcher, times: list[float]) -> list[float]:
+    """The times at which the core's schedule has the noise that a shifted one has at these."""
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, CosineSampling) or sampling.shift == 1:
+        return times
+    noisy = sampling.timestep(sampling.sigma(torch.tensor(times[:-1], dtype=torch.float64)))
+    return [*noisy.clamp(0, 1).tolist(), 0.0]

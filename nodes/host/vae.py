@@ -1,0 +1,133 @@
+"""Stage A, and the semantic compressor with a previewer, as ComfyUI's VAE."""
+
+import logging
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+from einops import rearrange
+from torch import Tensor, nn
+
+from ...wuerstchen_core import WuerstchenError
+from ...wuerstchen_core.checkpoints.load import (
+    METADATA_KEY,
+    header_tensor,
+    load_network,
+    load_previewer,
+    load_semantic_compressor,
+)
+from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW
+from ...wuerstchen_core.geometry import STEP
+from ...wuerstchen_core.models.previewer import FACTOR
+from ...wuerstchen_core.models.stage_a import VQGAN
+from ...wuerstchen_core.pipeline import compress
+
+
+class VAE(comfy.sd.VAE):
+    """A network with `encode` and `decode`. It is never loaded in part: BatchNorm and gammas cannot cast themselves."""
+
+    NAME: str
+    SOURCES: str  # of latents
+    CHANNELS: int
+    RATIO: int  # pixels to a position of the latent
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype):
+        disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        super().__init__(sd={})  # sets whatever this version's methods read, and warns that there is no network
+        logging.disable(disabled)
+        self.first_stage_model = network.eval()
+        self.latent_channels = self.CHANNELS
+        self.downscale_ratio = self.upscale_ratio = self.RATIO
+        self.process_input = lambda image: image
+        self.process_output = lambda image: image.clamp(0, 1)
+        self.disable_offload = True
+        self.device, self.vae_dtype = management.vae_device(), dtype
+        self.output_device = management.intermediate_device()
+        self.patcher = ModelPatcher(network, self.device, management.vae_offload_device())
+
+    def decode(self, samples_in, *more, **options):
+        self._check(samples_in)
+        return super().decode(samples_in, *more, **options)
+
+    def decode_tiled(self, samples, *more, **options):
+        self._check(samples)
+        return super().decode_tiled(samples, *more, **options)
+
+    def encode(self, pixel_samples):
+        return super().encode(pixel_samples[..., :3])
+
+    def encode_tiled(self, pixel_samples, *more, **options):
+        return super().encode_tiled(pixel_samples[..., :3], *more, **options)
+
+    def _check(self, samples: Tensor) -> None:
+        if samples.dim() != 4 or samples.shape[1] != self.latent_channels:
+            raise WuerstchenError(
+                f"{self.NAME} takes a latent of {self.latent_channels} channels, this one is "
+                f"{'x'.join(map(str, samples.shape[1:]))}: take it from {self.SOURCES}"
+            )
+
+
+class RawVQGAN(VQGAN):
+    """Stage A with latents as they come from it, not divided by its scale factor: ComfyUI's convention."""
+
+    def encode(self, image: Tensor) -> Tensor:
+        return super().encode(image) * self.config.scale_factor
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return super().decode(latent / self.config.scale_factor)
+
+
+class StageAVAE(VAE):
+    NAME, SOURCES = "Stage A", "a sampler with Stage B, or Würstchen VQGAN Encode"
+    CHANNELS, RATIO = 4, 4
+
+    def __init__(self, path: Path):
+        dtype = management.vae_dtype(management.vae_device(), [torch.float16, torch.bfloat16])
+        network = load_network("stage_a", path, management.vae_offload_device(), dtype, network=RawVQGAN)
+        super().__init__(network, dtype)
+        self.memory_used_encode = lambda shape, dtype: 4 * 1024 * shape[2] * shape[3]
+        self.memory_used_decode = lambda shape, dtype: 64 * 1024 * shape[2] * shape[3]
+
+    def get_sd(self):
+        return {**super().get_sd(), METADATA_KEY: header_tensor(self.first_stage_model)}
+
+
+class SemanticCoder(nn.Module):
+    def __init__(self, compressor: nn.Module, previewer: nn.Module):
+        super().__init__()
+        self.compressor, self.previewer = compressor, previewer
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return compress(self.compressor, rearrange(pixels, "b c h w -> b h w c"))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return self.previewer(latent)
+
+
+class SemanticVAE(VAE):
+    """Encoding compresses a picture for Stages C and B; decoding shows a latent as a small picture."""
+
+    NAME, SOURCES = "The semantic VAE", "a sampler with Stage C, or Würstchen Semantic Compress"
+    CHANNELS, RATIO = 16, FACTOR
+
+    def __init__(self, compressor: Path, previewer: Path | None = None):
+        offload = management.vae_offload_device()
+        network = SemanticCoder(
+            load_semantic_compressor(compressor, offload), load_previewer(previewer or LINEAR_PREVIEW, offload)
+        )
+        super().__init__(network, torch.float32)
+        self.downscale_ratio = STEP  # what pictures are cut to multiples of
+        self.memory_used_encode = lambda shape, dtype: 200 * shape[2] * shape[3]
+        self.memory_used_decode = lambda shape, dtype: 72 * 1024 * shape[2] * shape[3]
+
+    def encode_tiled(self, pixel_samples, *more, **options):
+        """The picture is reduced to three quarters first; a compressor sees little of it in tiles, and fits anyway."""
+        return self.encode(pixel_samples)
+
+    def get_sd(self):
+        network = self.first_stage_model
+        headers = {f"{name}.{METADATA_KEY}": header_tensor(part) for name, part in network.named_children()}
+        return {**super().get_sd(), **headers}

@@ -1,0 +1,27 @@
+from comfy_api.latest import io
+
+from ..wuerstchen_core.diffusion.schedule import sampling_times
+from . import host, sockets
+
+
+class WuerstchenScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WuerstchenScheduler",
+            display_name="Würstchen Scheduler",
+            category=sockets.CATEGORY,
+            description="The times of Würstchen's own samplers as SIGMAS, for ComfyUI's SamplerCustomAdvanced.",
+            inputs=[
+                io.Model.Input("model", tooltip="Stage C or Stage B."),
+                sockets.schedule_input(),
+                sockets.steps_input(30),
+                sockets.denoise_input(),
+            ],
+            outputs=[io.Sigmas.Output(tooltip="One more than the steps, the last one 0.")],
+        )
+
+    @classmethod
+    def execute(cls, model, schedule: str, steps: int, denoise: float) -> io.NodeOutput:
+        host.models.require(model, None, "Würstchen Scheduler")
+        return io.NodeOutput(host.sampling.sigmas(model, sampling_times(steps, schedule, denoise)))

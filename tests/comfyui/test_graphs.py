@@ -1,0 +1,133 @@
+"""Every graph of workflows/, executed by ComfyUI itself to a picture."""
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import wuerstchen_core as w
+from tests.comfyui.host import psnr
+from tests.reference import fill_zeros
+from wuerstchen_core.checkpoints.sets import MINI, SET
+from wuerstchen_core.models.stage_c import Prior, StageCConfig
+from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
+from wuerstchen_core.util.pictures import read_picture
+
+FOLDER = Path(__file__).parents[2] / "workflows" / "api"
+NAMES = [path.stem for path in FOLDER.glob("*.json")]
+RELEASED = "text_to_image_v2"
+
+
+def read(name):
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+class Server:
+    """What ComfyUI's executor tells its page."""
+
+    client_id = last_node_id = last_prompt_id = None
+
+    def __init__(self):
+        self.sent = []
+
+    def send_sync(self, event, data, sid=None):
+        self.sent.append((event, data))
+
+
+@pytest.fixture
+def execute(nodes, host_nodes, models, tmp_path, monkeypatch):
+    """API graph -> (pictures of its SaveImage), as ComfyUI validates and executes it."""
+    import execution
+    import folder_paths
+
+    import nodes as comfyui
+
+    primitives = __import__("comfy_extras.nodes_primitive", fromlist=["*"])
+    primitive = {"PrimitiveStringMultiline": primitives.StringMultiline}
+    monkeypatch.setattr(comfyui, "NODE_CLASS_MAPPINGS", {**host_nodes, **primitive, **nodes})
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "out"))
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
+    pixels = torch.rand(300, 500, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte()
+    Image.fromarray(pixels.numpy()).save(tmp_path / "example.png")
+
+    def execute(graph):
+        server = Server()
+        valid, error, outputs, wrong = asyncio.run(execution.validate_prompt("p", graph, None))
+        assert valid, (error, wrong)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        execution.PromptExecutor(server).execute(graph, "p", execute_outputs=outputs)
+        errors = [data["exception_message"] for event, data in server.sent if event == "execution_error"]
+        assert not errors, errors
+        [file] = (tmp_path / "out").rglob("*.png")
+        return read_picture(file)
+
+    return execute
+
+
+def smaller(graph, steps, **sizes):
+    """The graph with few steps."""
+    values = {"steps": steps, **sizes}
+    return {
+        node_id: {**node, "inputs": {given: values.get(given, value) for given, value in node["inputs"].items()}}
+        for node_id, node in graph.items()
+    }
+
+
+@pytest.fixture
+def released(models, tiny_folder):
+    """Small random networks under the names of the released files."""
+    torch.manual_seed(1)
+    stage_c = Prior(StageCConfig(width=64, depth=2, heads=1, text_width=64))
+    stage_c.out[1].weight.data.mul_(0.1)  # clear of the pole of (x - a) / |1 - b|
+    files = {
+        "stage_c": models / "diffusion_models" / "wuerstchen_v2_stage_c.safetensors",
+        "text_encoder_c": models / "text_encoders" / "clip_g.safetensors",
+        "stage_b": models / "diffusion_models" / "wuerstchen_v2_stage_b.safetensors",
+        "stage_a": models / "vae" / "wuerstchen_stage_a.safetensors",
+    }
+    w.save(fill_zeros(stage_c), files["stage_c"])
+    w.save(fill_zeros(TextEncoder(TextEncoderConfig(width=64, layers=1, heads=1))), files["text_encoder_c"])
+    shutil.copy(tiny_folder / SET["stage_b"], files["stage_b"])
+    shutil.copy(tiny_folder / SET["stage_a"], files["stage_a"])
+    return files
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_graph_makes_a_picture_and_all_its_settings_matter(execute, released, name):
+    graph = smaller(read(name), 2, width=256, height=256)
+    image = execute(graph)
+    assert image.shape == (256, 256, 3) and image.std() > 0
+    others = {"seed": 77, "text": "a dog", "value": "a dog", "blend_factor": 0.9, "denoise": 0.3}
+    for node_id, node in graph.items():
+        for given in others.keys() & node["inputs"].keys():
+            if not isinstance(node["inputs"][given], list):
+                changed = {**graph, node_id: {**node, "inputs": {**node["inputs"], given: others[given]}}}
+                assert not torch.equal(execute(changed), image), f"{node['_meta']['title']}: {given}"
+
+
+def asked(graph):
+    """The settings of a graph with one prompt and one seed, as `generate` takes them."""
+    (prompt,) = (node["inputs"]["value"] for node in graph.values() if node["class_type"] == "PrimitiveStringMultiline")
+    (seed,) = {node["inputs"]["seed"] for node in graph.values() if "seed" in node["inputs"]}
+    (cfg,) = (node["inputs"]["cfg"] for node in graph.values() if node["class_type"] == "WuerstchenStageCSampler")
+    return {"prompt": prompt, "seed": seed, "cfg_c": cfg}
+
+
+def test_the_first_graph_is_what_the_core_generates(execute, mini):
+    graph = smaller(read("text_to_image"), 6)
+    expected = mini.generate(**asked(graph), steps_c=6, steps_b=6)[0]
+    assert psnr(execute(graph), expected) > 50  # the file has 8 bits
+
+
+def test_the_released_graph_is_what_the_core_generates(execute, released):
+    """Without a text encoder for Stage B, as the released networks do without one."""
+    graph = smaller(read(RELEASED), 5, width=256, height=256)
+    pipe = w.Wuerstchen.from_files(**released, semantic_compressor=MINI / SET["semantic_compressor"])
+    options = asked(graph)
+    expected = pipe.generate(**options, steps_c=5, steps_b=5, schedule="uneven")[0]
+    assert psnr(execute(graph), expected) > 50
