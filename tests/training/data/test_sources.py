@@ -24,10 +24,8 @@ def test_emoji_are_drawn_anew_each_time_and_the_same_for_every_number_of_ranks(e
     expected, description = EmojiSet(emoji).draw(4, generator)
     assert torch.equal(image, expected) and ("disc" in caption.lower() or "round" in caption.lower())
     batches = take(12, source, 256, 2, workers=1)
-    assert (
-        len({(key, caption) for batch in batches for key, caption in zip(batch["key"], batch["caption"], strict=True)})
-        > 12
-    )
+    named = {pair for batch in batches for pair in zip(batch["key"], batch["caption"], strict=True)}
+    assert len(named) > 12
     halves = [take(12, source, 256, 1, rank=rank, world=2) for rank in range(2)]
     for whole, first, second in zip(batches, *halves, strict=True):
         assert torch.equal(whole["image"], torch.cat([first["image"], second["image"]]))
