@@ -57,6 +57,8 @@ PICTURE = torch.rand(64, 64, 3)
         ({"image": torch.rand(64, 64, 5)}, "image has the shape 64x64x5"),
         ({"image": torch.rand(0, 64, 64, 3)}, "image has the shape 0x64x64x3: there is no picture"),
         ({"image": torch.rand(1, 0, 64, 3)}, "image has the shape 1x0x64x3: there is no picture"),
+        ({"image": Image.new("RGB", (0, 5))}, "image has the size 0x5: there is no picture"),
+        ({"image": Image.new("LA", (5, 0))}, "image has the size 5x0: there is no picture"),
         ({"image": PICTURE * 255}, "image holds values from"),
         ({"image": PICTURE * float("nan")}, "image holds values from nan"),
         ({"image": PICTURE.long()}, "image holds torch.int64"),

@@ -6,19 +6,14 @@ float32. All noise is drawn on the CPU, so that a seed gives the same picture on
 or a WuerstchenError says which network went beyond its precision.
 """
 
-import math
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoints.load import (
     load_previewer,
@@ -30,6 +25,8 @@ from .checkpoints.load import (
 )
 from .checkpoints.sets import MINI, find_set
 from .diffusion.guidance import guide, keep_outside, prepare
+from .diffusion.inputs import check_latent, checked_mask, join_texts, shape_text
+from .diffusion.noise import noise_source
 from .diffusion.options import MAX_CFG, STAGE_B, STAGE_C, SamplingOptions
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import MAX_STEPS, add_noise, sampling_times
@@ -42,13 +39,13 @@ from .models.stage_c import Prior
 from .models.text_encoder import TextEncoder
 from .util import checks
 from .util.errors import WuerstchenError
-from .util.finite import is_finite
 from .util.notices import tell_once
 from .util.pictures import as_images
+from .util.precision import Overflow, check_finite, dtype_of, in_float32
+from .util.resampling import fit
 
 DENOISE = 0.6  # of a picture to start from, where nothing else is asked for
 MAX_BATCH = 1024
-MAX_INDEX = 65_536  # of a picture in its batch: the noise of all before it is drawn with it
 
 Progress = Callable[[int, int, Tensor], None]  # (step from 1, steps, clean latent predicted at that step)
 
@@ -58,8 +55,8 @@ def compress(compressor: SemanticCompressor, image: Tensor, dtype: torch.dtype |
     """image (B, H, W, 3), sides multiples of 8 -> its latent in Stage C's space (B, 16, p, q)"""
     planes, geometry = _padded(image)
     planes = F.interpolate(planes, size=geometry.compressor, mode="bicubic", antialias=True).clamp(0, 1)
-    dtype = dtype or _dtype(compressor)
-    features = _finite(compressor(planes.to(dtype)).float(), "the semantic compressor", dtype)
+    dtype = dtype or dtype_of(compressor)
+    features = check_finite(compressor(planes.to(dtype)).float(), "the semantic compressor", dtype)
     return compressor.config.latent_space.from_features(features)
 
 
@@ -94,12 +91,12 @@ def sample_stage_c(
     options = replace(options, **changed)
     if options.cfg != 1 and negative is None:
         raise WuerstchenError(f"cfg {options.cfg} needs a negative prompt's encoding (that of an empty text will do)")
-    dtype = dtype or _dtype(stage_c)
-    _check_latent("Stage C", latent, stage_c.config.latent_channels)
-    texts = _texts("Stage C", stage_c.config.text_width, latent.shape[0], text, negative, options.cfg != 1)
+    dtype = dtype or dtype_of(stage_c)
+    check_latent("Stage C", latent, stage_c.config.latent_channels)
+    texts = join_texts("Stage C", stage_c.config.text_width, latent.shape[0], text, negative, options.cfg != 1)
     condition = stage_c.condition(texts.to(latent.device, dtype))
     sampled = _sample("Stage C", stage_c, condition, latent, options, mask, batch_index, dtype, progress)
-    return _finite(sampled, "Stage C", dtype)
+    return check_finite(sampled, "Stage C", dtype)
 
 
 @torch.inference_mode()
@@ -134,13 +131,13 @@ def sample_stage_b(
             fit, or the network went beyond its precision.
     """
     options = replace(options, **changed)
-    dtype = dtype or _dtype(stage_b)
+    dtype = dtype or dtype_of(stage_b)
     config, guided = stage_b.config, options.cfg != 1
-    _check_latent("Stage B, semantic", semantic, config.semantic_channels)
+    check_latent("Stage B, semantic", semantic, config.semantic_channels)
     batch, device = semantic.shape[0], semantic.device
     if latent is None:
         latent = torch.zeros(batch, config.latent_channels, *geometry.stage_a, device=device)
-    _check_latent("Stage B", latent, config.latent_channels, (batch, *geometry.stage_a))
+    check_latent("Stage B", latent, config.latent_channels, (batch, *geometry.stage_a))
     features = config.latent_space.to_features(semantic.float())
     if guided:
         features = torch.cat([features, torch.zeros_like(features)])
@@ -149,7 +146,7 @@ def sample_stage_b(
     if either is not None:
         nothing = torch.zeros_like(either)
         text, negative = (nothing if one is None else one for one in (text, negative))
-        texts = _texts("Stage B", config.text_width, batch, text, negative, guided).to(device)
+        texts = join_texts("Stage B", config.text_width, batch, text, negative, guided).to(device)
 
     def run(dtype: torch.dtype) -> Tensor:
         given = None if texts is None else texts.to(dtype)
@@ -157,21 +154,49 @@ def sample_stage_b(
         return _sample("Stage B", stage_b, condition, latent, options, mask, batch_index, dtype, progress)
 
     try:
-        return _finite(run(dtype), "Stage B", dtype)
-    except _Overflow:
+        return check_finite(run(dtype), "Stage B", dtype)
+    except Overflow:
         if dtype != torch.float16:
             raise
     tell_once("Stage B overflows in float16: it goes on in float32, slower and with more memory")
-    with _in_float32(stage_b):
-        return _finite(run(torch.float32), "Stage B", torch.float32)
+    with in_float32(stage_b):
+        return check_finite(run(torch.float32), "Stage B", torch.float32)
+
+
+def _sample(
+    name: str, network, condition, latent, options: SamplingOptions, mask, batch_index, dtype, progress
+) -> Tensor:
+    latent = latent.float()
+    if mask is not None:
+        mask = checked_mask(mask, latent)
+    draw = noise_source(latent, options.seed, batch_index)
+    times = sampling_times(options.steps, options.schedule, options.denoise)
+    if times[0] == 0:
+        return latent
+    model = prepare(network, condition, times, latent.device, dtype)
+    if options.cfg != 1:
+        model = guide(model, options.cfg)
+    noise = draw()
+    start = noise if times[0] == 1 else add_noise(latent, noise, times[0])
+    if mask is not None:
+        model = keep_outside(model, mask, latent, noise)
+
+    def report(state: dict) -> None:
+        if dtype == torch.float16:
+            check_finite(state["clean"], name, dtype)
+        if progress is not None:
+            progress(state["step"], options.steps, state["clean"])
+
+    sampled = SAMPLERS[options.sampler](model, start, times, draw, report)
+    return sampled if mask is None else torch.where(mask > 0, sampled, latent)
 
 
 @torch.inference_mode()
 def encode(stage_a: VQGAN, image: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """image (B, H, W, 3), sides multiples of 8 -> latent of Stage A (B, 4, h, w)"""
     planes, _ = _padded(image)
-    dtype = dtype or _dtype(stage_a)
-    return _finite(stage_a.encode(planes.to(dtype)).float(), "Stage A", dtype)
+    dtype = dtype or dtype_of(stage_a)
+    return check_finite(stage_a.encode(planes.to(dtype)).float(), "Stage A", dtype)
 
 
 @torch.inference_mode()
@@ -179,8 +204,8 @@ def decode(
     stage_a: VQGAN, latent: Tensor, geometry: Geometry | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """latent of Stage A (B, 4, h, w) -> image (B, H, W, 3) in [0, 1] of the geometry's size, or the whole of it"""
-    dtype = dtype or _dtype(stage_a)
-    planes = _finite(stage_a.decode(latent.to(dtype)).float(), "Stage A", dtype)
+    dtype = dtype or dtype_of(stage_a)
+    planes = check_finite(stage_a.decode(latent.to(dtype)).float(), "Stage A", dtype)
     if geometry is not None:
         planes = _crop(planes, geometry)
     return rearrange(planes.clamp(0, 1), "b c h w -> b h w c")
@@ -196,51 +221,22 @@ def preview(previewer: Previewer, latent: Tensor, dtype: torch.dtype | None = No
     channels = previewer.config.latent_channels
     if latent.shape[1] != channels:
         raise WuerstchenError(f"this previewer is for latents of {channels} channels, not of {latent.shape[1]}")
-    dtype = dtype or _dtype(previewer)
-    planes = _finite(previewer(latent.to(dtype)).float(), "the previewer", dtype)
+    dtype = dtype or dtype_of(previewer)
+    planes = check_finite(previewer(latent.to(dtype)).float(), "the previewer", dtype)
     return rearrange(planes.clamp(0, 1), "b c h w -> b h w c")
 
 
-def fit(image: Tensor, geometry: Geometry) -> Tensor:
-    """image (B, H, W, C) -> (B, height, width, C): scaled to cover the geometry's size, its middle cut out.
-
-    Only what is seen is computed: a thin picture takes no more memory than another.
-    """
-    planes = _planes(image)
-    sides = image.shape[1:3]
-    scale = max(geometry.height / sides[0], geometry.width / sides[1])
-    cuts = []
-    for dim, side, seen in ((2, sides[0], geometry.height), (3, sides[1], geometry.width)):
-        size = max(seen, round(side * scale))
-        cuts.append((seen / side, dim, size, (size - seen) // 2, seen))
-    for _, *cut in sorted(cuts):  # what shrinks most comes first
-        planes = _resample(planes, *cut)
-    return rearrange(planes.clamp(0, 1), "b c h w -> b h w c")
+def _padded(image: Tensor) -> tuple[Tensor, Geometry]:
+    """image (B, H, W, 3) -> (B, 3, rows, columns) of the size that the networks work on, and the picture's sizes"""
+    if image.dim() != 4 or image.shape[-1] != 3 or len(image) == 0:
+        raise WuerstchenError(f"image has the shape {shape_text(image)}: it must be (B, H, W, 3)")
+    geometry = Geometry(width=image.shape[2], height=image.shape[1])
+    return F.pad(rearrange(image, "b h w c -> b c h w").float(), geometry.margins, mode="replicate"), geometry
 
 
-def _resample(planes: Tensor, dim: int, size: int, start: int, count: int) -> Tensor:
-    """Rows `start` to `start + count` of what antialiased bicubic scaling of a dimension to `size` would give."""
-    side = planes.shape[dim]
-    step = side / size
-    stretch = max(step, 1.0)
-    centres = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * step
-    taps = torch.arange(math.ceil(4 * stretch) + 1)
-    index = (centres - 2 * stretch).floor().long()[:, None] + taps
-    weights = _keys((index + 0.5 - centres[:, None]).abs() / stretch) * ((index >= 0) & (index < side))
-    weights = (weights / weights.sum(dim=1, keepdim=True)).to(planes)
-    index = index.clamp(0, side - 1).to(planes.device)
-    shape = [-1 if i == dim else 1 for i in range(4)]
-    resampled = torch.zeros_like(planes.narrow(dim, 0, 1)).repeat_interleave(count, dim)
-    for column, weight in zip(index.T, weights.T, strict=True):
-        resampled.addcmul_(planes.index_select(dim, column), weight.reshape(shape))
-    return resampled
-
-
-def _keys(distance: Tensor) -> Tensor:
-    """Keys' cubic convolution kernel with a = -0.5, as antialiased scaling has it."""
-    near = (1.5 * distance - 2.5) * distance**2 + 1
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    return torch.where(distance <= 1, near, torch.where(distance < 2, far, torch.zeros_like(distance)))
+def _crop(planes: Tensor, geometry: Geometry) -> Tensor:
+    left, _, top, _ = geometry.margins
+    return planes[:, :, top : top + geometry.height, left : left + geometry.width]
 
 
 @dataclass
@@ -388,170 +384,3 @@ def _options(stage: str, steps, cfg, sampler, schedule, denoise, seed) -> Sampli
     checks.whole_number(f"steps_{stage}", steps, 1, MAX_STEPS)
     checks.real_number(f"cfg_{stage}", cfg, -MAX_CFG, MAX_CFG)
     return SamplingOptions(steps, cfg, sampler, schedule, denoise, seed)
-
-
-def _sample(
-    name: str, network, condition, latent, options: SamplingOptions, mask, batch_index, dtype, progress
-) -> Tensor:
-    latent = latent.float()
-    if mask is not None:
-        mask = _checked_mask(mask, latent)
-    draw = noise_source(latent, options.seed, batch_index)
-    times = sampling_times(options.steps, options.schedule, options.denoise)
-    if times[0] == 0:
-        return latent
-    model = prepare(network, condition, times, latent.device, dtype)
-    if options.cfg != 1:
-        model = guide(model, options.cfg)
-    noise = draw()
-    start = noise if times[0] == 1 else add_noise(latent, noise, times[0])
-    if mask is not None:
-        model = keep_outside(model, mask, latent, noise)
-
-    def report(state: dict) -> None:
-        if dtype == torch.float16:
-            _finite(state["clean"], name, dtype)
-        if progress is not None:
-            progress(state["step"], options.steps, state["clean"])
-
-    sampled = SAMPLERS[options.sampler](model, start, times, draw, report)
-    return sampled if mask is None else torch.where(mask > 0, sampled, latent)
-
-
-def noise_source(latent: Tensor, seed: int, batch_index: list[int] | None) -> Callable[[], Tensor]:
-    """Standard normal noise in the latent's shape at every call, drawn on the CPU.
-
-    Each call has a generator of its own, the first one the seed's, so that a picture gets the same noise whatever the
-    size of its batch.
-    """
-    index = list(range(latent.shape[0])) if batch_index is None else [int(i) for i in batch_index]
-    if len(index) != latent.shape[0] or not 0 <= min(index) <= max(index) < MAX_INDEX:
-        raise WuerstchenError(
-            f"batch_index has {len(index)} numbers for {latent.shape[0]} latents: it must have one for each, "
-            f"from 0 to {MAX_INDEX - 1}"
-        )
-    later = random.Random(seed)
-    seeds = chain([seed], iter(lambda: later.getrandbits(63), None))
-
-    def draw() -> Tensor:
-        generator = torch.Generator().manual_seed(next(seeds))
-        return torch.randn(max(index) + 1, *latent.shape[1:], generator=generator)[index].to(latent.device)
-
-    return draw
-
-
-def _texts(stage: str, width: int, batch: int, text: Tensor, negative: Tensor | None, guided: bool) -> Tensor:
-    """The text of every picture of the batch, then, with guidance, the negative of every one.
-
-    A negative that is not used is checked all the same.
-    """
-    for given in (text, negative):
-        if given is None:
-            continue
-        if given.dim() != 3 or given.numel() == 0:
-            raise WuerstchenError(
-                f"the text for {stage} has the shape {_shape(given)}: it must be (1 or B, L, {width})"
-            )
-        if given.shape[-1] != width:
-            raise WuerstchenError(
-                f"{stage} was trained with a text encoder of width {width}, but this text comes from one of width "
-                f"{given.shape[-1]}: encode it with the text encoder that belongs to {stage}"
-            )
-        if given.shape[0] not in (1, batch):
-            raise WuerstchenError(
-                f"the text for {stage} has {given.shape[0]} rows, but there are {batch} latents: give it one row, or "
-                "one for each of them"
-            )
-        if not is_finite(given):
-            raise WuerstchenError(f"the text for {stage} is not finite: run its text encoder in float32")
-    halves = [text, negative] if guided and negative is not None else [text]
-    longest = max(half.shape[1] for half in halves)
-    return torch.cat([_to_length(half, longest).expand(batch, -1, -1) for half in halves])
-
-
-def _to_length(text: Tensor, length: int) -> Tensor:
-    """The shorter of two texts is repeated, as the encoding of a text in chunks would be."""
-    repeats = -(-length // text.shape[1])
-    return text.repeat(1, repeats, 1)[:, :length]
-
-
-def _check_latent(what: str, latent: Tensor, channels: int, sizes: tuple[int, ...] | None = None) -> None:
-    """A latent (B, channels, rows, columns), where `sizes` are given with these for batch, rows and columns."""
-    fits = latent.dim() == 4 and latent.shape[1] == channels and latent.numel() > 0
-    if not fits or sizes and (latent.shape[0], *latent.shape[2:]) != sizes:
-        batch, *sides = sizes or ("B", "rows", "columns")
-        wanted = ", ".join(map(str, (batch, channels, *sides)))
-        raise WuerstchenError(f"{what}: the latent has the shape {_shape(latent)}, not ({wanted})")
-
-
-def _checked_mask(mask: Tensor, latent: Tensor) -> Tensor:
-    wanted = [(count, 1, *latent.shape[2:]) for count in (1, latent.shape[0])]
-    if tuple(mask.shape) not in wanted:
-        raise WuerstchenError(
-            f"the mask has the shape {_shape(mask)}, but the latent {_shape(latent)} needs {wanted[0]}"
-        )
-    mask = mask.to(latent)
-    if not 0 <= mask.min() <= mask.max() <= 1:
-        raise WuerstchenError(f"the mask has values from {mask.min():g} to {mask.max():g}: they must be in [0, 1]")
-    return mask
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"({', '.join(map(str, tensor.shape))})"
-
-
-def _crop(planes: Tensor, geometry: Geometry) -> Tensor:
-    left, _, top, _ = geometry.margins
-    return planes[:, :, top : top + geometry.height, left : left + geometry.width]
-
-
-def _padded(image: Tensor) -> tuple[Tensor, Geometry]:
-    """image (B, H, W, 3) -> (B, 3, rows, columns) of the size that the networks work on, and the picture's sizes"""
-    if image.dim() != 4 or image.shape[-1] != 3 or len(image) == 0:
-        raise WuerstchenError(f"image has the shape {_shape(image)}: it must be (B, H, W, 3)")
-    geometry = Geometry(width=image.shape[2], height=image.shape[1])
-    return F.pad(_planes(image), geometry.margins, mode="replicate"), geometry
-
-
-def _planes(image: Tensor) -> Tensor:
-    return rearrange(image, "b h w c -> b c h w").float()
-
-
-# Where to go on from a precision that was too narrow.
-WIDER = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}
-
-
-class _Overflow(WuerstchenError):
-    """A network gave values that are not finite."""
-
-
-def _finite(result: Tensor, network: str, dtype: torch.dtype) -> Tensor:
-    """The result itself; raises WuerstchenError if a value in it is NaN or infinite."""
-    if is_finite(result):
-        return result
-    precision = str(dtype).removeprefix("torch.")
-    hint = f"run it in {WIDER[dtype]}" if dtype in WIDER else "what it was given is not finite, or out of all range"
-    raise _Overflow(f"{network} gave values that are not finite in {precision}: {hint}")
-
-
-@contextmanager
-def _in_float32(network: nn.Module) -> Iterator[None]:
-    """The network's weights in float32, until it is left: then they are the ones that they were."""
-    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
-    try:
-        for module in network.modules():
-            held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for tensors in held:
-                for name, tensor in tensors.items():
-                    if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32:
-                        wide = tensor.float()
-                        tensors[name] = nn.Parameter(wide, False) if isinstance(tensor, nn.Parameter) else wide
-                        replaced.append((tensors, name, tensor))
-        yield
-    finally:
-        for tensors, name, tensor in replaced:
-            tensors[name] = tensor
-
-
-def _dtype(network: nn.Module) -> torch.dtype:
-    return next(network.parameters()).dtype

@@ -1,5 +1,7 @@
 """One dataclass of options checks what the command line, `generate` and the samplers are given."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -44,3 +46,17 @@ def test_the_samplers_take_options_whole_or_by_name(tiny):
 def test_a_side_is_a_whole_number(side):
     with pytest.raises(WuerstchenError, match="^width is .*: it must be a multiple of 8 from 8 to 8192$"):
         Geometry(side, 256)
+
+
+def test_numbers_of_any_type_are_those_numbers(tiny):
+    def draw(**options):
+        return tiny.generate("a cat", width=64, height=64, steps_b=1, **options)
+
+    plain = draw(steps_c=2, cfg_c=1.5, seed=7)
+    several = (
+        {"steps_c": np.int64(2), "cfg_c": Fraction(3, 2), "seed": torch.tensor(7)},
+        {"steps_c": torch.tensor(2), "cfg_c": np.float16(1.5), "seed": np.uint64(7)},
+        {"steps_c": np.uint8(2), "cfg_c": np.float64(1.5), "seed": np.int32(7), "cfg_b": Fraction(1)},
+    )
+    for options in several:
+        assert torch.equal(draw(**options), plain), options

@@ -182,3 +182,9 @@ def test_a_word_of_any_length_is_read_in_time(tiny):
     start = time.process_time()
     tiny.text_encoder_c.tokenize(["".join(letters)])
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("prompts", ["a cat", b"a cat", None, [], (), [None], ["a cat", 3], [["a cat"]], {"a cat": 1}])
+def test_prompts_are_a_list_of_texts(tiny, prompts):
+    with pytest.raises(WuerstchenError, match="^(a prompt is|prompts are) .* must be"):
+        tiny.text_encoder_c(prompts)

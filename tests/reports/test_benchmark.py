@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 
 import pytest
 
@@ -40,3 +41,17 @@ def test_benchmark_names_what_is_no_model(tmp_path, capsys):
     (tmp_path / "text.pt").write_text("no model")
     assert main(["benchmark", "--load", "text.pt"]) == 2
     assert "text.pt: not a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("runs", ["0", "-1"])
+def test_benchmark_of_nothing_is_refused_before_anything_is_loaded(runs, capsys, monkeypatch):
+    monkeypatch.setattr("wuerstchen_core.cli.measure.load_model", lambda options: pytest.fail("loaded"))
+    assert main(["benchmark", "--runs", runs]) == 2
+    assert f"--runs is {runs}: it must be" in capsys.readouterr().err
+
+
+def test_benchmark_works_where_the_peak_is_not_known(tiny_folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    monkeypatch.delitem(sys.modules, "wuerstchen_core.reports.benchmark", raising=False)
+    assert main(["benchmark", "--runs", "1", "--model", str(tiny_folder)]) == 0
+    assert re.fullmatch(r"\d+ threads", capsys.readouterr().out.splitlines()[-1])

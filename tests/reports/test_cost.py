@@ -209,6 +209,14 @@ def test_without_diffusers_its_half_is_left_out(cost, monkeypatch):
     assert lines[-1] == "Stable Diffusion 2.1 is left out: diffusers, which has its networks, is not installed"
 
 
+def test_a_diffusers_that_cannot_be_imported_says_why(monkeypatch, cost):
+    def fail(geometry):
+        raise ImportError("cannot import name 'HybridCache'\nfrom 'transformers'")
+
+    monkeypatch.setattr("wuerstchen_core.reports.cost.stable_diffusion_costs", fail)
+    assert cost()[-1].endswith("has its networks, cannot be imported (cannot import name 'HybridCache')")
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [

@@ -29,12 +29,16 @@ class SamplingOptions:
     seed: int = _option(0, "the same seed, the same picture")
 
     def __post_init__(self):
-        whole_number("steps", self.steps, 1, MAX_STEPS)
-        real_number("cfg", self.cfg, -MAX_CFG, MAX_CFG)
         one_of("sampler", self.sampler, tuple(SAMPLERS))
         one_of("schedule", self.schedule, SCHEDULES)
-        real_number("denoise", self.denoise, 0.0, 1.0)
-        whole_number("seed", self.seed, -(2**63), 2**64 - 1)
+        numbers = {
+            "steps": whole_number("steps", self.steps, 1, MAX_STEPS),
+            "cfg": real_number("cfg", self.cfg, -MAX_CFG, MAX_CFG),
+            "denoise": real_number("denoise", self.denoise, 0.0, 1.0),
+            "seed": whole_number("seed", self.seed, -(2**63), 2**64 - 1),
+        }
+        for name, number in numbers.items():
+            object.__setattr__(self, name, number)  # Python's own, whatever type of number it came as
 
 
 STAGE_C = SamplingOptions()

@@ -40,8 +40,8 @@ def sampling_times(steps: int, schedule: str = "even", denoise: float = 1.0) -> 
     Raises:
         WuerstchenError: steps outside 1 to 10,000, denoise outside [0, 1], or an unknown schedule.
     """
-    whole_number("steps", steps, 1, MAX_STEPS)
-    real_number("denoise", denoise, 0.0, 1.0)
+    steps = whole_number("steps", steps, 1, MAX_STEPS)
+    denoise = real_number("denoise", denoise, 0.0, 1.0)
     if one_of("schedule", schedule, SCHEDULES) == "even":
         return np.linspace(denoise, 0.0, steps + 1).tolist()
     start = np.interp(1 - denoise, [1 - t for t in _UNEVEN_TIMES], _UNEVEN_PROGRESS)

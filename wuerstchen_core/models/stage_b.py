@@ -184,6 +184,7 @@ def _check(config: StageBConfig) -> None:
     for width, heads in zip(config.widths, config.heads, strict=True):
         check_heads(width, heads or 1)
     check_time(config.time_width, config.dropout)
+    require(config.stage_a_scale > 0, f"stage_a_scale is {config.stage_a_scale}: it must be above 0")
     config.latent_space.check()
 
 

@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..util import checks
 from ..util.checks import shown
 from ..util.errors import WuerstchenError
 from .blocks import check_heads
@@ -69,7 +70,14 @@ class TextEncoder(nn.Module):
 
         A chunk is start, up to 75 tokens of the text, end, padded with the end token. A longer text goes on in further
         chunks, from word to word; prompts with fewer chunks than another get empty ones.
+
+        Raises:
+            WuerstchenError: there is no prompt, one is not a text, or a weight in one is out of its range.
         """
+        if not isinstance(prompts, list | tuple) or not prompts:
+            raise WuerstchenError(f"prompts are {shown(prompts)}: they must be a list of at least one text (str)")
+        for prompt in prompts:
+            checks.text("a prompt", prompt)
         rows = [self._chunks(prompt) for prompt in prompts]
         count = max(map(len, rows))
         rows = [row + [[]] * (count - len(row)) for row in rows]

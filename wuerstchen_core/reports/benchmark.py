@@ -3,7 +3,7 @@
 import ctypes
 import gc
 import re
-import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,11 +15,19 @@ from ..checkpoints.archive import open_archive
 from ..checkpoints.describe import describe
 from ..checkpoints.load import load_network, parts
 from ..pipeline import Wuerstchen
+from ..util.checks import whole_number
 from ..util.errors import WuerstchenError
+
+MAX_RUNS = 1_000_000
 
 
 def benchmark(load: Callable[[], Wuerstchen], runs: int) -> Iterator[str]:
-    """Loads a model, draws `runs` pictures of 256x256 at the default steps; a line a figure."""
+    """Loads a model, draws `runs` pictures of 256x256 at the default steps; one line per figure.
+
+    Raises:
+        WuerstchenError: there is nothing to measure, `runs` being below 1.
+    """
+    whole_number("--runs", runs, 1, MAX_RUNS)
     start = time.perf_counter()
     model = load()
     yield f"load      {time.perf_counter() - start:6.2f} s"
@@ -27,8 +35,9 @@ def benchmark(load: Callable[[], Wuerstchen], runs: int) -> Iterator[str]:
         seconds = _time_picture(model, seed=run)
         stages = ", ".join(f"{stage} {took:.2f} s" for stage, took in seconds.items())
         yield f"picture {run} {sum(seconds.values()):6.2f} s: {stages}"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    yield f"peak memory {peak:.2f} GiB, {torch.get_num_threads()} threads"
+    threads = f"{torch.get_num_threads()} threads"
+    peak = _peak()
+    yield threads if peak is None else f"peak memory {peak / 2**30:.2f} GiB, {threads}"
 
 
 def benchmark_loading(path: Path, device="cpu") -> Iterator[str]:
@@ -69,6 +78,16 @@ def peak_growth(work: Callable):
     before = _resident("VmRSS")
     result = work()
     return _resident("VmHWM") - before, result
+
+
+def _peak() -> int | None:
+    """Bytes of resident memory that the process has had at most; None on Windows, which does not tell Python."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _resident(field: str) -> int:

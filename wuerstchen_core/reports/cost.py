@@ -28,7 +28,7 @@ from ..models.stage_b import DiffNeXt
 from ..models.stage_c import Prior
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from ..pipeline import Wuerstchen
-from ..util.errors import WuerstchenError
+from ..util.errors import WuerstchenError, first_line, one_line
 
 CLIP_H = TextEncoderConfig(width=1024, layers=24, heads=16)
 
@@ -200,8 +200,10 @@ def cost(networks: Wuerstchen, name: str, geometry: Geometry, steps_c: int, step
     yield ""
     try:
         theirs = stable_diffusion_costs(geometry)
-    except ImportError:
-        yield "Stable Diffusion 2.1 is left out: diffusers, which has its networks, is not installed"
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "diffusers"
+        why = "is not installed" if missing else f"cannot be imported ({one_line(first_line(error))})"
+        yield f"Stable Diffusion 2.1 is left out: diffusers, which has its networks, {why}"
         return
     yield from _table(
         "Stable Diffusion 2.1", theirs, f"U-Net: {geometry.width // 8}×{geometry.height // 8}, 50 steps with guidance"

@@ -76,6 +76,8 @@ def as_images(image: Tensor | np.ndarray | Image.Image) -> Tensor:
         WuerstchenError: it is something else, or has no pixels.
     """
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise WuerstchenError(f"image has the size {image.width}x{image.height}: there is no picture in it")
         try:
             return _to_tensor(image)[None]
         except Exception as error:

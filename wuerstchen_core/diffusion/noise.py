@@ -1,0 +1,34 @@
+"""The noise of a run, by its seed."""
+
+import random
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ..util.errors import WuerstchenError
+
+MAX_INDEX = 65_536  # of a picture in its batch: the noise of all before it is drawn with it
+
+
+def noise_source(latent: Tensor, seed: int, batch_index: list[int] | None) -> Callable[[], Tensor]:
+    """Standard normal noise in the latent's shape at every call, drawn on the CPU.
+
+    Each call has a generator of its own, the first one the seed's, so that a picture gets the same noise whatever the
+    size of its batch.
+    """
+    index = list(range(latent.shape[0])) if batch_index is None else [int(i) for i in batch_index]
+    if len(index) != latent.shape[0] or not 0 <= min(index) <= max(index) < MAX_INDEX:
+        raise WuerstchenError(
+            f"batch_index has {len(index)} numbers for {latent.shape[0]} latents: it must have one for each, "
+            f"from 0 to {MAX_INDEX - 1}"
+        )
+    later = random.Random(seed)
+    seeds = chain([seed], iter(lambda: later.getrandbits(63), None))
+
+    def draw() -> Tensor:
+        generator = torch.Generator().manual_seed(next(seeds))
+        return torch.randn(max(index) + 1, *latent.shape[1:], generator=generator)[index].to(latent.device)
+
+    return draw
