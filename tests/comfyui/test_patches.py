@@ -92,6 +92,17 @@ def test_dora_and_parts_of_other_networks(call, tinies, loras, caplog):
     weights_of(tinies.model_c)
 
 
+def test_lokr_goes_to_comfyuis_adapters(call, tinies, loras):
+    generator = torch.Generator().manual_seed(1)
+    small, large = (torch.randn(side, side, generator=generator) for side in (4, 8))
+    flat = "lora_prior_unet_" + MODULES[0].replace(".", "_")
+    save_file({f"{flat}.lokr_w1": small, f"{flat}.lokr_w2": large}, loras / "lokr.safetensors")
+    before = weights_of(tinies.model_c)[MODULES[0]]
+    changed = call("LoraLoaderModelOnly", model=tinies.model_c, lora_name="lokr.safetensors", strength_model=0.5)
+    assert distance(weights_of(changed)[MODULES[0]] - before, 0.5 * torch.kron(small, large)) < 1e-4
+    weights_of(tinies.model_c)
+
+
 def test_our_node_names_what_is_not_of_stage_c(run, tinies, loras, caplog):
     stem = "lora_prior_te_text_model_encoder_layers_0_mlp_fc1"
     others = {f"{stem}.lora_down.weight": torch.ones(4, 32), f"{stem}.lora_up.weight": torch.ones(128, 4)}
