@@ -141,6 +141,20 @@ def mask_of(latent: dict, geometry: Geometry) -> Tensor | None:
     return mask if len(mask) == 1 else mask.repeat(-(-batch // len(mask)), 1, 1, 1)[:batch]
 
 
+def refuse_unfollowed_mask(latent: dict, geometry: Geometry, node: str) -> None:
+    """Raises WuerstchenError if Stage C's latent has a noise mask that its sampler has not followed."""
+    mask = latent.get("noise_mask")
+    if mask is None:
+        return
+    mask = rearrange(mask, "... h w -> (...) 1 h w")
+    if not any(host.masks.is_followed(latent["samples"], each) for each in (mask, mask_of(latent, geometry))):
+        raise WuerstchenError(
+            f"{node}: this latent has a noise mask that no sampler with Stage C has followed, and Stage B draws the "
+            "whole picture anew: set the mask before Stage C's sampler, or for Stage B on the latent of Würstchen "
+            "VQGAN Encode that a KSampler starts from"
+        )
+
+
 def _frame_of_stage_c(rows: int, columns: int) -> tuple[int, int]:
     """(height, width) in pixels"""
     return Geometry.of_stage_c(rows, columns).work

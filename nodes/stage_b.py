@@ -19,6 +19,7 @@ def conditioned(latent: dict, positive: list | None, negative: list | None, node
     """
     samples = latents.samples_of(latent, CHANNELS, node, SOURCES)
     geometry, work = latents.geometry_of_stage_c(latent), Geometry.of_stage_c(*samples.shape[-2:])
+    latents.refuse_unfollowed_mask(latent, geometry, node)
     if positive is None:
         positive = [[NO_TEXT if negative is None else torch.zeros_like(negative[0][0]), {}]]
     if negative is None:

@@ -228,6 +228,25 @@ def test_the_layout_reads_from_left_to_right_in_titled_groups(name):
         assert positions[source][0] <= positions[target][0]
 
 
+def test_a_live_preview_of_stage_c_has_room_in_its_group(name):
+    """ComfyUI makes the sampler 220 higher by it, at the width of 300 that ours have."""
+    graph = read(name)
+    samplers = [
+        node for node in graph["nodes"] if node["type"] == "WuerstchenStageCSampler" or node.get("title") == "Stage C"
+    ]
+    assert bool(samplers) == (name != "image_variation")
+    for sampler in samplers:
+        x, y = sampler["pos"]
+        end = y + sampler["size"][1] + 220
+        [bottom] = [
+            top + height
+            for left, top, width, height in (group["bounding"] for group in graph["groups"])
+            if left <= x < left + width and top <= y < top + height
+        ]
+        below = [node["pos"][1] - 30 for node in graph["nodes"] if node["pos"][0] == x and node["pos"][1] > y]
+        assert end <= min([bottom, *below])
+
+
 def test_the_order_is_one_that_can_be_executed(name):
     graph = read(name)
     order = {node["id"]: node["order"] for node in graph["nodes"]}

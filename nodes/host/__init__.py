@@ -5,7 +5,7 @@ A module of it is imported when it is first used: describing the nodes takes non
 
 import importlib
 
-MODULES = ("devices", "fingerprints", "folders", "loading", "lora", "models", "sampling")
+MODULES = ("devices", "fingerprints", "folders", "loading", "lora", "masks", "models", "sampling")
 
 
 def __getattr__(name: str):

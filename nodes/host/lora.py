@@ -1,5 +1,6 @@
 """LoRAs: by our node, and under the names that trainers give to Stage C's modules by ComfyUI's own loaders."""
 
+import logging
 import re
 
 import comfy.weight_adapter as weight_adapter
@@ -61,10 +62,20 @@ def register() -> None:
 def with_lora(model: ModelPatcher, file: str, strength: float) -> ModelPatcher:
     """Stage C with one more LoRA, by the name that `weight_files` has for it; the model itself stays as it is.
 
+    What the file holds for other networks is named in the log.
+
     Raises WuerstchenError as `load_lora` does, and for a LoRA of another network.
     """
     lora = load_lora(listed_file("lora", file))
     lora.check(model.model.diffusion_model)
+    if lora.left_out:
+        logging.getLogger(__name__).warning(
+            "%s: %d parts are not of Stage C and left out: %s%s. ComfyUI's LoraLoader gives text encoders their parts.",
+            file,
+            len(lora.left_out),
+            ", ".join(lora.left_out[:3]),
+            ", …" if len(lora.left_out) > 3 else "",
+        )
     patches = {
         f"diffusion_model.{name}.weight": LoRAAdapter(
             set(), (change.up, change.down, change.scale * change.rank, None, None, None)

@@ -23,9 +23,12 @@ from ...wuerstchen_core.models.stage_b import DiffNeXt
 from ...wuerstchen_core.models.stage_c import Prior
 from ...wuerstchen_core.util.finite import is_finite
 from ..latents import SEMANTIC
+from . import masks
 from .conditions import CONDMemory, CONDSemantic, Memory, margin, padded, remembered
+from .overflow import in_wide_enough
 from .previews import Previewer, with_previews
 from .schedule import CosineSampling
+from .unet import UNetConfig, WeightName, replacements
 
 KEY = "wuerstchen"
 TIME = "wuerstchen_time"  # in transformer_options: the time of a step where its sigma alone does not tell it
@@ -56,7 +59,7 @@ class HostedPrior(Hosted, Prior):
     """Stage C. It has one attention that guidance nodes can replace: that of the block in its middle."""
 
     def hosted(self, x, t, condition, transformer_options):
-        replace = _replacements(transformer_options, known=("attn1", ("middle", 0)))
+        replace = replacements(transformer_options, known=("attn1", ("middle", 0)))
         if replace is None:
             return self.denoise(x, self.modulate(t, x.dtype), condition)
         attention = self.blocks[3 * (self.config.depth // 2) + 2].attention
@@ -79,7 +82,7 @@ class HostedDiffNeXt(Hosted, DiffNeXt):
     """Stage B. A latent of any size is worked on in the middle of the next one that the network can take."""
 
     def hosted(self, x, t, condition, transformer_options):
-        _replacements(transformer_options)
+        replacements(transformer_options)
         (rows, columns), sides = x.shape[-2:], []
         for side in (columns, rows):
             sides += [margin(side), padded(side) - side - margin(side)]
@@ -87,24 +90,6 @@ class HostedDiffNeXt(Hosted, DiffNeXt):
             x = F.pad(x, sides, mode="replicate")
         noise = self.denoise(x, self.modulate(t, x.dtype), condition)
         return noise[..., sides[2] : sides[2] + rows, sides[0] : sides[0] + columns]
-
-
-def _replacements(transformer_options: dict, known: tuple | None = None):
-    """The replacement for the block that is known, or None. Raises WuerstchenError for patches that nothing reads."""
-    found = None
-    unread = [name for name, patches in transformer_options.get("patches", {}).items() if patches]
-    for kind, blocks in transformer_options.get("patches_replace", {}).items():
-        for block, replacement in blocks.items():
-            if (kind, block) == known:
-                found = replacement
-            else:
-                unread.append(f"{kind} of block {' '.join(map(str, block))}")
-    if unread:
-        raise WuerstchenError(
-            f"a node before the sampler changes a part that Würstchen's networks do not have ({unread[0]}): it is made "
-            "for another model, take it out"
-        )
-    return found
 
 
 class AnyChannels(int):
@@ -147,19 +132,6 @@ class StageBLatent(comfy.latent_formats.LatentFormat):
     latent_channels = AnyChannels(4)
     spacial_downscale_ratio = 4
     previewer_shows = False
-
-
-class UNetConfig(dict):
-    """What nodes read that look for Stable Diffusion's U-Net; they are told that there is none."""
-
-    def __missing__(self, key):
-        raise WuerstchenError(
-            f"this node is for Stable Diffusion's U-Net (it looks for {key}), and Würstchen's networks are others: "
-            "take it out"
-        )
-
-    def copy(self):
-        return UNetConfig(self)
 
 
 class Config(comfy.supported_models_base.BASE):
@@ -208,6 +180,12 @@ class Wuerstchen(comfy.model_base.BaseModel):
 
     def extra_conds_shapes(self, cross_attn=None, **kwargs):
         return {} if cross_attn is None else {"c_crossattn": list(cross_attn.shape)}
+
+    def state_dict(self, *inputs, **options):
+        state = super().state_dict(*inputs, **options)
+        for name in list(state):
+            state[WeightName(name)] = state.pop(name)
+        return state
 
     def state_dict_for_saving(self, *others, **more):
         """ComfyUI's savers write no metadata of ours."""
@@ -292,6 +270,11 @@ class StageB(Wuerstchen):
         size = tuple(noise.shape[-2:])
         expected = [math.ceil(padded(side) * 3 / 32) for side in size]
         if semantic is not None:
+            if len(noise) % len(semantic):
+                raise WuerstchenError(
+                    f"Stage B's latent holds {len(noise)} of the {len(semantic)} pictures that Würstchen Stage B "
+                    "Conditioning was given: take pictures out of Stage C's latent, before that node"
+                )
             if max(abs(ours - theirs) for ours, theirs in zip(expected, semantic.shape[-2:], strict=True)) > 1:
                 raise WuerstchenError(
                     f"Stage B's latent of {size[1]}x{size[0]} does not fit Stage C's of {semantic.shape[-1]}x"
@@ -370,12 +353,18 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
         guider.model_options.setdefault("transformer_options", {})[FORGET] = True
     if callback is not None and model.latent_format.previewer_shows:
         callback = with_previews(callback, model.latent_format.previewer, len(sigmas) - 1)
-    sampled = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *more, **options)
+
+    def run(callback):
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *more, **options)
+
+    sampled = in_wide_enough(guider, run, callback)
     if not is_finite(sampled):
         raise WuerstchenError(
             f"{model.STAGE} gave values that are not finite: take another sampler or scheduler, or run it in a wider "
             "precision (weight_dtype, or ModelComputeDtype float32)"
         )
+    if isinstance(model, StageC):
+        masks.note(sampled, denoise_mask)
     return sampled
 
 

@@ -32,14 +32,17 @@ def sample(
     times = sampling_times(options.steps, options.schedule, options.denoise)
     if times[0] == 0:
         return latent
-    draw = noise_source(latent, options.seed, batch_index)
+
+    def source():
+        return noise_source(latent, options.seed, batch_index)
+
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(options.cfg)
     sampled = guider.sample(
-        draw(),
+        source()(),
         latent,
-        CoreSampler(options.sampler, _shifted(model, times), draw),
+        CoreSampler(options.sampler, _shifted(model, times), source),
         sigmas(model, times),
         denoise_mask=mask,
         callback=latent_preview.prepare_callback(model, options.steps),
@@ -57,10 +60,13 @@ def sigmas(model: ModelPatcher, times: list[float]) -> Tensor:
 
 
 class CoreSampler(comfy.samplers.Sampler):
-    """A sampler of the core by its name. It ends, as the core does, at time 0, where alpha_bar is 0.9999."""
+    """A sampler of the core by its name. It ends, as the core does, at time 0, where alpha_bar is 0.9999.
 
-    def __init__(self, name: str, times: list[float], draw: Callable[[], Tensor]):
-        self.run, self.times, self.draw = SAMPLERS[name], times, draw
+    source() -> a source of noise, whose first is the one that the run starts with.
+    """
+
+    def __init__(self, name: str, times: list[float], source: Callable[[], Callable[[], Tensor]]):
+        self.run, self.times, self.source = SAMPLERS[name], times, source
 
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
@@ -81,8 +87,10 @@ class CoreSampler(comfy.samplers.Sampler):
             if callback is not None:
                 callback(state["step"] - 1, state["clean"], state["x"], len(self.times) - 1)
 
+        draw = self.source()
+        draw()
         start = noise if self.times[0] == 1 else add_noise(latent_image, noise, self.times[0])
-        sampled = self.run(model, start, self.times, lambda: self.draw().to(noise), report)
+        sampled = self.run(model, start, self.times, lambda: draw().to(noise), report)
         return sampled if denoise_mask is None else torch.where(denoise_mask > 0, sampled, latent_image)
 
 

@@ -67,8 +67,6 @@ def test_loras_of_every_writer_change_what_they_should(call, tinies, loras, layo
         },
         "WuerstchenLoadLoRA": {"file": "a.safetensors", "strength": 0.5},
     }[node]
-    if node == "WuerstchenLoadLoRA" and layout in ("comfyui", "kohya", "OneTrainer"):
-        pytest.skip("the core's reader does not know this layout yet")
     before = weights_of(tinies.model_c)
     changed = call(node, model=tinies.model_c, **options)
     after = weights_of(changed[0] if isinstance(changed, tuple) else changed)
@@ -92,6 +90,30 @@ def test_dora_and_parts_of_other_networks(call, tinies, loras, caplog):
     expected = (before[MODULES[0]] + up @ down) / before[MODULES[0]].norm(dim=1, keepdim=True)
     assert distance(after, expected) < 1e-3
     weights_of(tinies.model_c)
+
+
+def test_lokr_goes_to_comfyuis_adapters(call, tinies, loras):
+    generator = torch.Generator().manual_seed(1)
+    small, large = (torch.randn(side, side, generator=generator) for side in (4, 8))
+    flat = "lora_prior_unet_" + MODULES[0].replace(".", "_")
+    save_file({f"{flat}.lokr_w1": small, f"{flat}.lokr_w2": large}, loras / "lokr.safetensors")
+    before = weights_of(tinies.model_c)[MODULES[0]]
+    changed = call("LoraLoaderModelOnly", model=tinies.model_c, lora_name="lokr.safetensors", strength_model=0.5)
+    assert distance(weights_of(changed)[MODULES[0]] - before, 0.5 * torch.kron(small, large)) < 1e-4
+    weights_of(tinies.model_c)
+
+
+def test_our_node_names_what_is_not_of_stage_c(run, tinies, loras, caplog):
+    stem = "lora_prior_te_text_model_encoder_layers_0_mlp_fc1"
+    others = {f"{stem}.lora_down.weight": torch.ones(4, 32), f"{stem}.lora_up.weight": torch.ones(128, 4)}
+    lora_file(loras / "both.safetensors", "OneTrainer", **others, **{"bundle_emb.thing.clip_g": torch.ones(1, 32)})
+    lora_file(loras / "one.safetensors", "OneTrainer")
+    for file in ("both", "one"):
+        caplog.clear()
+        run("WuerstchenLoadLoRA", model=tinies.model_c, file=f"{file}.safetensors", strength=1.0)
+        told = [record.getMessage() for record in caplog.records if "not of Stage C" in record.getMessage()]
+        assert len(told) == (file == "both")
+        assert all("both.safetensors: 2 parts" in line and stem in line and "bundle_emb.thing" in line for line in told)
 
 
 def test_text_encoder_parts_go_to_the_clip(call, tinies, loras, text):

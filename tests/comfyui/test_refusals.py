@@ -87,6 +87,10 @@ U_NET_NODES = {
                                "upscale_method": "bicubic"},
     "SkipLayerGuidanceDiT": {"double_layers": "1", "single_layers": "1", "scale": 3.0, "start_percent": 0.0,
                              "end_percent": 1.0, "rescaling_scale": 0.0},
+    "UNetSelfAttentionMultiply": {"q": 1.1, "k": 1.0, "v": 1.0, "out": 1.0},
+    "UNetCrossAttentionMultiply": {"q": 1.0, "k": 1.0, "v": 1.0, "out": 0.9},
+    "UNetTemporalAttentionMultiply": {"self_structural": 1.0, "self_temporal": 1.0, "cross_structural": 1.0,
+                                      "cross_temporal": 1.1},
 }  # fmt: skip
 
 
