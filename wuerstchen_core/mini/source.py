@@ -1,5 +1,6 @@
 """The emoji as a `Source` of training data."""
 
+import os
 import random
 from pathlib import Path
 
@@ -40,4 +41,4 @@ class EmojiSource:
 
 def emoji_source(data: str) -> EmojiSource | None:
     """The source of a data set that `wuerstchen data emoji` wrote, recognised by its emoji.json, or None."""
-    return EmojiSource(data) if (Path(data) / "emoji.json").is_file() else None
+    return EmojiSource(data) if os.path.isfile(os.path.join(data, "emoji.json")) else None

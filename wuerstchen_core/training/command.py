@@ -2,13 +2,14 @@
 
 import argparse
 import importlib
+import os
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..util.atomic import replacing
 from ..util.errors import WuerstchenError
-from .options import listed, literal, load, merge, option, override, read_all, written
+from .options import check_utf8, listed, literal, load, merge, option, override, read_all, written
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -29,6 +30,7 @@ class RunOptions:
     def __post_init__(self):
         if not self.folder.strip():
             raise WuerstchenError("folder is empty: name the folder where the run is to be kept")
+        check_utf8("folder", self.folder)  # tensorboard can write nowhere else
 
 
 def train(
@@ -163,4 +165,4 @@ def _parsed(stage: str, arguments: list[str]) -> dict[str, str]:
 def _config_file(config: str, name: str) -> Path:
     """A shipped configuration by its name, or any file."""
     shipped = CONFIGS / config / f"{name}.toml"
-    return shipped if shipped.is_file() and not Path(config).is_file() else Path(config)
+    return shipped if os.path.isfile(shipped) and not os.path.isfile(config) else Path(config)

@@ -15,6 +15,7 @@ import difflib
 import json
 import math
 import os
+import stat
 import textwrap
 import types
 import typing
@@ -25,6 +26,8 @@ from typing import Any, NamedTuple
 from ..util.errors import WuerstchenError, first_line, readable
 
 NEEDED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+LARGEST = 1 << 63  # whole numbers in TOML, and seeds of torch, have 64 bits
+LARGEST_FILE = 1 << 20  # bytes of a configuration
 PLACEHOLDERS = {bool: True, int: 1, float: 1.0, str: "x"}
 
 
@@ -37,17 +40,24 @@ def option(default: Any = MISSING, help: str = "") -> Any:
 
 
 def check_at_least(least: int, options: Any, *names: str) -> None:
-    """Raises WuerstchenError naming the first of these options that is less than `least`."""
+    """Raises WuerstchenError naming the first of these options that is less than `least`, or NaN."""
     for name in names:
-        if getattr(options, name) < least:
+        if not getattr(options, name) >= least:
             raise WuerstchenError(f"{name} is {getattr(options, name)}: it must be at least {least}")
+
+
+def check_at_most(most: int, options: Any, *names: str) -> None:
+    """Raises WuerstchenError naming the first of these options that is more than `most`."""
+    for name in names:
+        if getattr(options, name) > most:
+            raise WuerstchenError(f"{name} is {getattr(options, name)}: it must be at most {most}")
 
 
 def check_above_zero(options: Any, *names: str) -> None:
     """Raises WuerstchenError naming the first of these options that is not above 0, or not finite."""
     for name in names:
         if not 0 < getattr(options, name) < math.inf:
-            raise WuerstchenError(f"{name} is {getattr(options, name)}: it must be above 0")
+            raise WuerstchenError(f"{name} is {getattr(options, name)}: it must be above 0, and finite")
 
 
 def check_shares(options: Any, *names: str) -> None:
@@ -55,6 +65,13 @@ def check_shares(options: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(options, name) <= 1:
             raise WuerstchenError(f"{name} is {getattr(options, name)}: it must be from 0 to 1")
+
+
+def check_utf8(name: str, *values: str) -> None:
+    """Raises WuerstchenError naming an option if a text of it has what UTF-8 does not have."""
+    for value in values:
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise WuerstchenError(f"{name}: {value[:60]!a} is not UTF-8")
 
 
 class Listed(NamedTuple):
@@ -156,14 +173,23 @@ def literal(value: Any) -> str:
 
 
 def load(path: str) -> dict[str, Any]:
-    """A TOML file -> its table. Raises WuerstchenError if it is missing or not TOML."""
+    """A TOML file -> its table. Raises WuerstchenError if it is missing, not a regular file, too large or not TOML."""
+    told = readable(path, 200)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a regular file")
         with open(path, "rb") as file:
-            return _toml().load(file)
+            content = file.read(LARGEST_FILE + 1)
     except OSError as error:
-        raise WuerstchenError(f"{path}: the configuration can't be read ({error.strerror})") from error
+        raise WuerstchenError(f"{told}: the configuration can't be read ({error.strerror})") from error
+    except ValueError as error:  # its name may also contain a NUL character
+        raise WuerstchenError(f"{told}: the configuration can't be read ({error})") from error
+    if len(content) > LARGEST_FILE:
+        raise WuerstchenError(f"{told}: the configuration has more than {LARGEST_FILE} bytes: is it a TOML file?")
+    try:
+        return _toml().loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise WuerstchenError(f"{path}: this is no TOML: {first_line(error)}") from error
+        raise WuerstchenError(f"{told}: not a TOML file: {first_line(error)}") from error
 
 
 def _read(cls: type, table: Mapping[str, Any], where: str, base: Any = None) -> Any:
@@ -215,10 +241,16 @@ def _checked(value: Any, type_: Any, where: str, default: Any = MISSING) -> Any:
     if typing.get_origin(type_) in (typing.Union, types.UnionType):
         type_ = next(kind for kind in typing.get_args(type_) if kind is not type(None))
         return _checked(value, type_, where)
+    if type(value) is int and not -LARGEST <= value < LARGEST:
+        raise WuerstchenError(f"{where} is of {value.bit_length()} bits: numbers have at most 64 bits, sign included")
     if type_ is float and type(value) is int:
         return float(value)
     if type(value) is not type_:
         raise WuerstchenError(f"{where} is {_shown(value)}: {NEEDED[type_]} is needed")
+    if type_ is float and not math.isfinite(value):
+        raise WuerstchenError(f"{where} is {value}: a finite number is needed")
+    if type_ is str and "\0" in value:
+        raise WuerstchenError(f"{where} is {value[:60]!a}: it contains a NUL character")
     return value
 
 

@@ -1,18 +1,16 @@
 """Stage A's training: the codebook, and a run from pictures to a file."""
 
 import dataclasses
-import multiprocessing
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import nn
 
 import wuerstchen_core as w
-from tests.training.stages.stage_a import DATA, at, batch, crops, pictures, tiny
+from tests.training.runs import process
+from tests.training.stages.stage_a import DATA, at, batch, crops, one_of_two, pictures, tiny, two_parts
 from wuerstchen_core import cli
 from wuerstchen_core.mini import recipe
 from wuerstchen_core.models import stage_a
@@ -61,39 +59,8 @@ def test_idle_vectors_move_to_where_latents_are():
     assert task.idle[dead].max() <= 1
 
 
-def two_parts(rank, world, folder):
-    """What a process of two has: the codebook after a revival, and after steps of DDP; saved to a file."""
-    task, latent = tiny(revive_every=2), torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(5))
-    task.idle[3:] = 2
-    part = slice(rank * 4 // world, (rank + 1) * 4 // world)
-    task._revive(latent[part], at(2, 4 // world, rank=rank, world=world))
-    task._count(torch.arange(10)[rank::world])
-    revived = {"codes": task.vqgan.vquantizer.codebook.weight.detach().clone(), "idle": task.idle.clone()}
-
-    task = tiny(revive_every=2, adversarial_start=3)
-    model = nn.parallel.DistributedDataParallel(task, find_unused_parameters=task.leaves_out) if world > 1 else task
-    optimizer = torch.optim.AdamW(task.parameters(), lr=0.01)
-    images = pictures(4)[part]
-    for step in range(5):
-        losses = model({"image": images}, at(step, 4 // world, rank=rank, world=world))
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-    parameters = {name: parameter.detach() for name, parameter in task.named_parameters()}
-    torch.save({"revived": revived, "parameters": parameters}, Path(folder) / f"{rank}.pt")
-
-
-def process(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    two_parts(rank, 2, folder)
-    dist.destroy_process_group()
-
-
 def test_processes_have_one_codebook(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    started = [context.Process(target=process, args=(rank, tmp_path)) for rank in range(2)]
-    for one in started:
-        one.start()
+    started = [process(one_of_two, rank, tmp_path) for rank in range(2)]
     for one in started:
         one.join(timeout=240)
     assert [one.exitcode for one in started] == [0, 0]

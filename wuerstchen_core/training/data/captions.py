@@ -115,7 +115,9 @@ class FolderCaptions:
         read, faulty, first = 0, 0, ""
         try:
             check_regular(path)
-            rows: Iterable[bytes | dict] = _csv_rows(path) if metadata.lower().endswith(".csv") else _jsonl_rows(path)
+            rows: Iterable[bytes | dict | None] = (
+                _csv_rows(path) if metadata.lower().endswith(".csv") else _jsonl_rows(path)
+            )
             for number, record in enumerate(rows, start=1):
                 read = number
                 try:
@@ -127,9 +129,12 @@ class FolderCaptions:
         except (OSError, ValueError, csv.Error) as error:
             faulty, first = faulty + 1, first or f"after {read} rows: {error}"
         if faulty:
-            log.warning("%s: %d rows can't be used; %s", readable(path, 150), faulty, readable(first, 150))
+            rows_are = "row" if faulty == 1 else "rows"
+            log.warning("%s: %d %s can't be used; %s", readable(path, 150), faulty, rows_are, readable(first, 150))
 
-    def _row(self, record: bytes | dict, inside: str) -> tuple[str, str] | None:
+    def _row(self, record: bytes | dict | None, inside: str) -> tuple[str, str] | None:
+        if record is None:
+            raise ValueError("it can't be read as CSV; a field may have 128 KiB")
         record = _json(record) if isinstance(record, bytes) else record
         if not isinstance(record, dict):
             raise ValueError("it is not a JSON object")
@@ -160,9 +165,17 @@ def _jsonl_rows(path: Path) -> Iterator[bytes]:
                 yield line
 
 
-def _csv_rows(path: Path) -> Iterator[dict]:
+def _csv_rows(path: Path) -> Iterator[dict | None]:
+    """The rows of a table, None for one that csv can't read, such as one with a field of 128 KiB."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
+        rows = csv.DictReader(file)
+        while True:
+            try:
+                yield next(rows)
+            except StopIteration:
+                return
+            except csv.Error:
+                yield None
 
 
 def _depth(folder: str) -> int:

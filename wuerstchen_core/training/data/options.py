@@ -6,11 +6,15 @@ from typing import Any
 from torch import Tensor
 
 from ...util.errors import WuerstchenError
-from ..options import check_at_least, option
+from ..options import check_at_least, check_at_most, option
 from .batches import open_batches
 from .feature_cache import FeatureCache
 from .shards import expand, is_shard
 from .sources import Source, recognised
+
+LARGEST_SIZE = 8192  # pixels of a side
+LARGEST_BATCH = 1 << 16
+MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class DataOptions:
             raise WuerstchenError("data is empty: name a folder of pictures with captions, or shards")
         check_at_least(1, self, "size", "batch")
         check_at_least(0, self, "workers")
+        check_at_most(LARGEST_SIZE, self, "size")
+        check_at_most(LARGEST_BATCH, self, "batch")
+        check_at_most(MOST_WORKERS, self, "workers")
 
     @property
     def source(self) -> Source | str:

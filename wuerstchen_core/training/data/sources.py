@@ -1,6 +1,7 @@
 """Sources: data sets whose pictures and captions have numbers. A folder is one."""
 
 import logging
+import os
 import posixpath
 import random
 from collections.abc import Callable
@@ -59,7 +60,7 @@ class FolderSource:
 
     def __init__(self, folder: str | Path, caption_key: str = ""):
         self.folder = Path(folder)
-        if not str(folder).strip() or not self.folder.is_dir():
+        if not str(folder).strip() or not os.path.isdir(self.folder):
             raise WuerstchenError(f"{readable(folder)}: there is no such folder")
         files = list(walk(self.folder))
         self.keys = sorted(

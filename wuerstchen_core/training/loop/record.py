@@ -57,7 +57,7 @@ def _about(source: FolderSource, i: int) -> str:
 
 
 def _of_shards(urls: list[str]) -> str:
-    sizes = [Path(url).stat().st_size if Path(url).is_file() else 0 for url in urls]
+    sizes = [os.path.getsize(url) if os.path.isfile(url) else 0 for url in urls]
     return f"{len(urls)} shards, {_digest([*urls, *map(str, sizes)])}"
 
 

@@ -1,6 +1,7 @@
 """Conditions for training: features of pictures and captions, computed by networks that are frozen."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,10 +36,10 @@ def weight_file(option: str, name: str, embedded: str) -> Path:
     if not name:
         raise WuerstchenError(f"{option} is missing: name a file of weights, or {EMBEDDED} for the embedded one")
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):
         raise WuerstchenError(
-            f'{option}: there is no {name}; the README\'s "The released weights" says where to get it, and '
-            f"--{option.replace('_', '-')} {EMBEDDED} takes the embedded one"
+            f'{option}: there is no {readable(path, 150)}; the README\'s "The released weights" says where to get it, '
+            f"and --{option.replace('_', '-')} {EMBEDDED} takes the embedded one"
         )
     return path
 

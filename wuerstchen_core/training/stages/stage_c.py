@@ -17,7 +17,7 @@ from ...util.errors import WuerstchenError
 from ..data.options import DataOptions
 from ..loop.draws import Draws
 from ..loop.task import Task
-from ..options import check_above_zero, check_at_least, check_shares, option
+from ..options import check_above_zero, check_at_least, check_shares, check_utf8, option
 from .conditioning import (
     CaptionEncoder,
     check_precision,
@@ -70,6 +70,7 @@ class Options:
         check_above_zero(self, "p2_k")
         check_at_least(0, self, "largest_error")
         check_precision(self.frozen_precision)
+        check_utf8("prompts", *self.prompts)
 
 
 def build(options: Options, data: DataOptions) -> "StageCTask":
