@@ -40,3 +40,12 @@ def test_help_lists_the_commands(capsys):
     told = capsys.readouterr().out
     commands = ("generate", "data", "train", "evaluate", "inspect", "convert", "benchmark", "cost")
     assert all(command in told for command in commands)
+
+
+@pytest.mark.parametrize("wrong", [["--width", "9" * 5000], ["--" + "x" * 5000], ["--seed", "\x1b]52;" * 300]])
+def test_what_the_parser_refuses_is_one_short_line(wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "cat", *wrong])
+    line, end = capsys.readouterr().err.split("\n")
+    assert stop.value.code == 2 and end == "" and len(line) < 500 and line.isprintable()
+    assert line.startswith("wuerstchen: ") and line.endswith("--help)")

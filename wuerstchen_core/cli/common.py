@@ -11,7 +11,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's, with errors on one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"wuerstchen: {one_line(message)} (see {self.prog} --help)\n")
+        self.exit(2, one_line(f"wuerstchen: {message} (see {self.prog} --help)") + "\n")
 
 
 def command(commands, name: str, run, help: str, add_help: bool = True) -> argparse.ArgumentParser:
