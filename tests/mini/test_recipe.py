@@ -1,6 +1,7 @@
 """The mini's recipe, from pictures to a model that draws."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ def test_the_recipe_makes_a_model_that_draws(emoji, tmp_path, short_plans):
     recipe.train_mini(emoji, work)
     model = w.Wuerstchen.from_folder(work)
     assert model.generate("red disc, noto style", steps_c=2, steps_b=2).shape == (1, 256, 256, 3)
-    assert model.stage_b.config == recipe.STAGE_B and model.stage_c.config == recipe.STAGE_C
+    stage_b = replace(recipe.STAGE_B, stage_a_scale=model.stage_a.config.scale_factor)
+    assert model.stage_b.config == stage_b and model.stage_c.config == recipe.STAGE_C
     assert model.previewer.config == recipe.PREVIEWER
     assert w.load_previewer(work / "linear_preview.safetensors").config.widths == ()
     pictures = torch.stack([EmojiSet(emoji).plain(i) for i in range(6)])

@@ -1,6 +1,7 @@
 """The embedded model: what its card says of it holds."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,7 +41,8 @@ def test_it_ships_in_half_precision_within_48_mb():
 
 
 def test_it_is_what_the_recipe_trains(model):
-    assert model.stage_b.config == recipe.STAGE_B and model.stage_c.config == recipe.STAGE_C
+    stage_b = replace(recipe.STAGE_B, stage_a_scale=model.stage_a.config.scale_factor)
+    assert model.stage_b.config == stage_b and model.stage_c.config == recipe.STAGE_C
     assert model.text_encoder_c.config == recipe.TEXT_ENCODER and model.text_encoder_b is model.text_encoder_c
     assert model.semantic_compressor.config == recipe.COMPRESSOR and model.previewer.config == recipe.PREVIEWER
 

@@ -50,8 +50,6 @@ IMPOSSIBLE = [
     ("stage_c", "heads", 5), ("stage_c", "heads", -1), ("stage_c", "time_width", 2), ("stage_c", "depth", 0),
     ("stage_c", "dropout", 10**9), ("semantic_compressor", "stages", ()),
     ("semantic_compressor", "stages", (BackboneStage(True, 0, 2, 8, 1),)),
-    ("semantic_compressor", "stages", (BackboneStage(True, 1, 2, 8, 1),) * 3),
-    ("semantic_compressor", "stages", (BackboneStage(True, 1, 2, 8, 1),) * 5),
     ("semantic_compressor", "stages", (BackboneStage(True, 1, 0, 8, 1),)),
     ("semantic_compressor", "stages", (BackboneStage(1, 1, 2, 8, 1),)),
     ("semantic_compressor", "stages", (BackboneStage(True, 1, 2, 8, 0),)), ("semantic_compressor", "stages", (1, 2)),

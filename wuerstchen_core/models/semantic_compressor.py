@@ -1,6 +1,5 @@
 """The semantic compressor: EfficientNetV2 features, projected to 16 channels (paper section 3)."""
 
-import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +14,6 @@ from .latent_space import LatentSpace
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-STRIDE, STEM_STRIDE = 32, 2  # pixels a side for one position of the features, and what the stem does of it
 
 
 class BackboneStage(NamedTuple):
@@ -63,8 +61,6 @@ class SemanticCompressor(nn.Module):
         for stage in config.stages:
             require(stage.expansion <= 64, f"expansion is {stage.expansion}: it must be from 1 to 64")
             require(stage.stride <= 2, f"stride is {stage.stride}: it must be 1 or 2")
-        stride = STEM_STRIDE * math.prod(stage.stride for stage in config.stages)
-        require(stride == STRIDE, f"the strides of stages make {stride} with the stem's: they must make {STRIDE}")
         config.latent_space.check()
         self.config = config
         self.backbone = _backbone(config)
