@@ -88,6 +88,10 @@ def test_bad_rows_of_a_metadata_file_are_counted_and_the_others_used(tmp_path, c
     (folder / "metadata.csv").write_bytes(b"file_name,text\na.png,a cat\nb.png,caf\xe9\n")
     captions_of(folder)
     assert "metadata.csv: 1 row can't be used" in caplog.text
+    long = "x" * 200_000
+    (folder / "metadata.csv").write_text(f"file_name,text\nb.png,{long}\na.png,a cat\n")
+    assert captions_of(folder) == {"a.png": "a cat"}
+    assert "1 row can't be used; row 1: it can't be read as CSV" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b'{"caption": 3}', b"{", b"[" * 100_000, b'{"text": "\\ud800"}', b"\xff{}"])
