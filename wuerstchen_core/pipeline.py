@@ -42,7 +42,7 @@ from .util.errors import WuerstchenError
 from .util.notices import tell_once
 from .util.pictures import as_images
 from .util.precision import Overflow, check_finite, dtype_of, in_float32
-from .util.resampling import fit
+from .util.resampling import cover
 
 DENOISE = 0.6  # of a picture to start from, where nothing else is asked for
 MAX_BATCH = 1024
@@ -237,6 +237,11 @@ def _padded(image: Tensor) -> tuple[Tensor, Geometry]:
 def _crop(planes: Tensor, geometry: Geometry) -> Tensor:
     left, _, top, _ = geometry.margins
     return planes[:, :, top : top + geometry.height, left : left + geometry.width]
+
+
+def fit(image: Tensor, geometry: Geometry) -> Tensor:
+    """image (B, H, W, C) -> (B, height, width, C): scaled to cover the geometry's size, its middle cut out"""
+    return cover(image, geometry.height, geometry.width)
 
 
 @dataclass

@@ -257,3 +257,12 @@ def test_a_set_in_a_folder_that_may_not_be_searched_is_one_line(tmp_path, monkey
     for name in ("a\0b", "n" * 300):
         with pytest.raises(w.WuerstchenError, match="cannot be read|not a name"):
             find_set(tmp_path / name)
+
+
+def test_a_refused_sparse_tensor_leaves_torchs_own_loader_as_it_was(tmp_path):
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.tensor([1.0]), (2,))
+    torch.save({"blocks.0.weight": sparse}, tmp_path / "sparse.pt")
+    with pytest.raises(w.WuerstchenError):
+        w.load_stage_c(tmp_path / "sparse.pt")
+    torch.save({"a": torch.ones(2)}, tmp_path / "other.pt", _use_new_zipfile_serialization=False)
+    assert torch.load(tmp_path / "other.pt", weights_only=True)["a"].tolist() == [1.0, 1.0]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from wuerstchen_core import Geometry
-from wuerstchen_core.util.resampling import fit
+from wuerstchen_core.pipeline import fit
 
 
 def whole(image, geometry):

@@ -48,7 +48,10 @@ def read_zip(file: RegularFile) -> tuple[dict[str, Tensor], dict[str, Stored]]:
         raise WuerstchenError(f"{file.path}: its numbers are stored the other way round (big-endian): save it again")
     unpickler = Unpickler(io.BytesIO(pickled), encoding="utf-8")
     unpickler.persistent_load = records.storage  # type: ignore[method-assign]
-    tensors = _unpickled(file.path, unpickler.load, limit=len(pickled) // BYTES_PER_ENTRY)
+    try:
+        tensors = _unpickled(file.path, unpickler.load, limit=len(pickled) // BYTES_PER_ENTRY)
+    finally:  # torch keeps what is sparse for the end of its own `load`: the next one in this process would meet it
+        torch._utils._sparse_tensors_to_validate.clear()
     stored = {}
     for name, tensor in tensors.items():
         record = records.of(tensor)

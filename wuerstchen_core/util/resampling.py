@@ -6,19 +6,17 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..geometry import Geometry
 
-
-def fit(image: Tensor, geometry: Geometry) -> Tensor:
-    """image (B, H, W, C) -> (B, height, width, C): scaled to cover the geometry's size, its middle cut out.
+def cover(image: Tensor, height: int, width: int) -> Tensor:
+    """image (B, H, W, C) -> (B, height, width, C): scaled to cover that size, its middle cut out.
 
     Only what is seen is computed: a thin picture takes no more memory than another.
     """
     planes = rearrange(image, "b h w c -> b c h w").float()
     sides = image.shape[1:3]
-    scale = max(geometry.height / sides[0], geometry.width / sides[1])
+    scale = max(height / sides[0], width / sides[1])
     cuts = []
-    for dim, side, seen in ((2, sides[0], geometry.height), (3, sides[1], geometry.width)):
+    for dim, side, seen in ((2, sides[0], height), (3, sides[1], width)):
         size = max(seen, round(side * scale))
         cuts.append((seen / side, dim, size, (size - seen) // 2, seen))
     for _, *cut in sorted(cuts):  # what shrinks most comes first

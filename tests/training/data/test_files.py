@@ -102,7 +102,7 @@ def test_named_pipes_and_devices_block_nothing(tmp_path, impatient, caplog):
     (folder / "01.txt").unlink()
     (folder / "01.txt").symlink_to("/dev/zero")
     assert {batch["key"][0] for batch in take(4, folder, 64, 1)} == {"00.png"}
-    assert "metadata.jsonl: 1 rows can't be used; after 0 rows: it is not a regular file" in caplog.text
+    assert "metadata.jsonl: 1 row can't be used; after 0 rows: it is not a regular file" in caplog.text
     os.mkfifo(tmp_path / "0.tar")
     write_shard(tmp_path / "1.tar", samples_of([1]))
     caplog.clear()
