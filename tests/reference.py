@@ -1,6 +1,7 @@
 """What the comparisons with independent implementations share."""
 
 import json
+import math
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -51,3 +52,15 @@ def clip_tokenizer():
         (Path(folder) / "vocab.json").write_text(json.dumps(tokens), encoding="utf-8")
         (Path(folder) / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
         return CLIPTokenizer.from_pretrained(folder, model_max_length=77, pad_token="<|endoftext|>")
+
+
+def signal(t):
+    """The share of the signal at a time, by the formula (DDPM's cosine schedule, clamped as in training)."""
+    s = 0.008
+    value = math.cos((t + s) / (1 + s) * math.pi / 2) ** 2 / math.cos(s / (1 + s) * math.pi / 2) ** 2
+    return min(max(value, 1e-4), 0.9999)
+
+
+def predictor(x, t):
+    """Some noise that depends on both arguments, in any precision."""
+    return torch.tanh(x * (1 + t)) + 0.3 * t

@@ -7,22 +7,12 @@ import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler
 
+from tests.reference import predictor, signal
 from wuerstchen_core.diffusion.guidance import guide, keep_outside, prepare
 from wuerstchen_core.diffusion.samplers import sample_ddim, sample_ddpm
 from wuerstchen_core.diffusion.schedule import add_noise, alpha_bar, sampling_times
 from wuerstchen_core.models.stage_b import DiffNeXt, StageBConfig
 from wuerstchen_core.util.errors import WuerstchenError
-
-
-def signal(t):
-    s = 0.008
-    value = math.cos((t + s) / (1 + s) * math.pi / 2) ** 2 / math.cos(s / (1 + s) * math.pi / 2) ** 2
-    return min(max(value, 1e-4), 0.9999)
-
-
-def predictor(x, t):
-    """Some noise that depends on both arguments, in any precision."""
-    return torch.tanh(x * (1 + t)) + 0.3 * t
 
 
 def ignore(state):

@@ -5,22 +5,13 @@ import math
 import pytest
 import torch
 
+from tests.reference import predictor, signal
 from wuerstchen_core import Geometry, Wuerstchen, WuerstchenError, pipeline
 from wuerstchen_core.diffusion.guidance import keep_outside
 from wuerstchen_core.diffusion.samplers import SAMPLERS
 from wuerstchen_core.diffusion.schedule import sampling_times
 
 MASKS = (0.1, 0.25, 0.5, 0.9)
-
-
-def signal(t):
-    s = 0.008
-    value = math.cos((t + s) / (1 + s) * math.pi / 2) ** 2 / math.cos(s / (1 + s) * math.pi / 2) ** 2
-    return min(max(value, 1e-4), 0.9999)
-
-
-def predictor(x, t):
-    return torch.tanh(x * (1 + t)) + 0.3 * t
 
 
 def by_hand(sampler, x, times, latent, mask, noises):
