@@ -6,9 +6,11 @@ float32. All noise is drawn on the CPU, so that a seed gives the same picture on
 or a WuerstchenError says which network went beyond its precision.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,8 @@ from .checkpoints.load import (
     load_stage_c,
     load_text_encoder,
 )
-from .checkpoints.sets import MINI, find_set
+from .checkpoints.lora import load_lora
+from .checkpoints.sets import MINI, find_distilled, find_set
 from .diffusion.guidance import guide, keep_outside, prepare
 from .diffusion.inputs import check_latent, checked_mask, join_texts, shape_text
 from .diffusion.noise import noise_source
@@ -31,6 +34,7 @@ from .diffusion.options import MAX_CFG, STAGE_B, STAGE_C, SamplingOptions
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import MAX_STEPS, add_noise, sampling_times
 from .geometry import Geometry
+from .models.lora import LoRA, apply_loras
 from .models.previewer import Previewer
 from .models.semantic_compressor import SemanticCompressor
 from .models.stage_a import VQGAN
@@ -244,11 +248,20 @@ def fit(image: Tensor, geometry: Geometry) -> Tensor:
     return cover(image, geometry.height, geometry.width)
 
 
+class Sampling(NamedTuple):
+    """How a picture is drawn: the options of both stages, and the LoRAs of those that are distilled."""
+
+    stage_c: SamplingOptions
+    stage_b: SamplingOptions
+    distilled: Mapping[str, LoRA]
+
+
 @dataclass
 class Wuerstchen:
     """A whole set of networks. `text_encoder_c` and `text_encoder_b` may be the same one.
 
     The previewer is optional, and so is `text_encoder_b`: without it Stage B reads no text, which hardly matters.
+    `distilled` has LoRAs for "stage_c" and "stage_b", or for one of them, with which they draw in a few steps.
     """
 
     stage_a: VQGAN
@@ -258,6 +271,12 @@ class Wuerstchen:
     semantic_compressor: SemanticCompressor
     text_encoder_b: TextEncoder | None = None
     previewer: Previewer | None = None
+    distilled: dict[str, LoRA] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for stage, lora in self.distilled.items():
+            lora.check(getattr(self, stage))
+            _few_steps(lora)
 
     @classmethod
     def from_files(
@@ -270,6 +289,7 @@ class Wuerstchen:
         semantic_compressor: str | Path,
         text_encoder_b: str | Path | None = None,
         previewer: str | Path | None = None,
+        distilled: Mapping[str, str | Path] | None = None,
         device="cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "Wuerstchen":
@@ -288,12 +308,13 @@ class Wuerstchen:
             text_encoder_b=encoder_b,
             semantic_compressor=load_semantic_compressor(semantic_compressor, device, dtype),
             previewer=None if previewer is None else load_previewer(previewer, device, dtype),
+            distilled={stage: load_lora(path) for stage, path in (distilled or {}).items()},
         )
 
     @classmethod
     def from_folder(cls, folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> "Wuerstchen":
-        """A folder that holds the whole set under the names of `SET`."""
-        return cls.from_files(**find_set(folder), device=device, dtype=dtype)
+        """A folder that holds the whole set under the names of `SET`, and those of `DISTILLED` that it has."""
+        return cls.from_files(**find_set(folder), distilled=find_distilled(folder), device=device, dtype=dtype)
 
     @classmethod
     def mini(cls, device="cpu", dtype: torch.dtype = torch.float32) -> "Wuerstchen":
@@ -305,17 +326,17 @@ class Wuerstchen:
         self,
         prompt: str,
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         width: int = 256,
         height: int = 256,
         batch_size: int | None = None,
         seed: int = STAGE_C.seed,
-        steps_c: int = STAGE_C.steps,
-        cfg_c: float = STAGE_C.cfg,
-        steps_b: int = STAGE_B.steps,
-        cfg_b: float = STAGE_B.cfg,
-        sampler: str = STAGE_C.sampler,
-        schedule: str = STAGE_C.schedule,
+        steps_c: int | None = None,
+        cfg_c: float | None = None,
+        steps_b: int | None = None,
+        cfg_b: float | None = None,
+        sampler: str | None = None,
+        schedule: str | None = None,
         image=None,
         denoise: float | None = None,
         progress: Callable[[str, int, int], None] | None = None,
@@ -324,6 +345,8 @@ class Wuerstchen:
 
         Args:
             prompt, negative_prompt: one text each; without guidance (cfg 1) the negative one is not used.
+            negative_prompt, steps_c, cfg_c, steps_b, cfg_b, sampler, schedule: if none of them is given and the set has
+                distilled networks, these draw; otherwise what is not given has its default (see `sampling`).
             width, height: pixels, multiples of 8.
             batch_size: how many pictures; by default as many as `image` has, or one.
             cfg_c, cfg_b: strength of the guidance; 1 is off.
@@ -340,7 +363,8 @@ class Wuerstchen:
         """
         geometry = Geometry(width, height)
         checks.text("prompt", prompt)
-        checks.text("negative_prompt", negative_prompt)
+        if negative_prompt is not None:
+            checks.text("negative_prompt", negative_prompt)
         if progress is not None and not callable(progress):
             raise WuerstchenError(f"progress is {checks.shown(progress)}: it must be a function")
         if image is None:
@@ -353,23 +377,67 @@ class Wuerstchen:
         batch = checks.whole_number("batch_size", count if batch_size is None else batch_size, 1, MAX_BATCH)
         if batch % count:
             raise WuerstchenError(f"batch_size is {batch}, but image holds {count} pictures: leave batch_size out")
-        options_c = _options("c", steps_c, cfg_c, sampler, schedule, denoise, seed)
-        options_b = _options("b", steps_b, cfg_b, sampler, STAGE_B.schedule, STAGE_B.denoise, seed)
+        sampling = self.sampling(
+            negative_prompt=negative_prompt,
+            steps_c=steps_c,
+            cfg_c=cfg_c,
+            steps_b=steps_b,
+            cfg_b=cfg_b,
+            sampler=sampler,
+            schedule=schedule,
+        )
+        options_c = replace(sampling.stage_c, denoise=denoise, seed=seed)
+        options_b = replace(sampling.stage_b, seed=seed)
         device = self.stage_c.projection.weight.device
 
         def report(stage: str) -> Progress | None:
             return progress and (lambda step, steps, clean: progress(stage, step, steps))
 
-        text_c, text_b = self._read(prompt, negative_prompt, cfg_c != 1, cfg_b != 1)
+        text_c, text_b = self._read(prompt, negative_prompt or "", options_c.cfg != 1, options_b.cfg != 1)
         if image is None:
             latent = torch.zeros(batch, self.stage_c.config.latent_channels, *geometry.stage_c, device=device)
         else:
             latent = compress(self.semantic_compressor, fit(image.to(device), geometry))
             latent = latent.repeat(batch // count, 1, 1, 1)
-        semantic = sample_stage_c(self.stage_c, latent, text_c[0], text_c[-1], options_c, progress=report("Stage C"))
         text, negative = [*text_b, None, None][:2]
-        latent = sample_stage_b(self.stage_b, semantic, geometry, text, negative, options_b, progress=report("Stage B"))
+        with self.drawn_with(sampling):
+            semantic = sample_stage_c(
+                self.stage_c, latent, text_c[0], text_c[-1], options_c, progress=report("Stage C")
+            )
+            latent = sample_stage_b(
+                self.stage_b, semantic, geometry, text, negative, options_b, progress=report("Stage B")
+            )
         return decode(self.stage_a, latent, geometry)
+
+    def sampling(
+        self,
+        *,
+        negative_prompt: str | None = None,
+        steps_c: int | None = None,
+        cfg_c: float | None = None,
+        steps_b: int | None = None,
+        cfg_b: float | None = None,
+        sampler: str | None = None,
+        schedule: str | None = None,
+    ) -> Sampling:
+        """How `generate` draws with these arguments: distilled if there is none and the set has distilled networks.
+
+        Raises WuerstchenError as `generate` does.
+        """
+        for_c = {"steps": steps_c, "cfg": cfg_c, "sampler": sampler, "schedule": schedule}
+        for_b = {"steps": steps_b, "cfg": cfg_b, "sampler": sampler}
+        if negative_prompt is None and not _given(for_c) and not _given(for_b):
+            few = {stage: _few_steps(lora) for stage, lora in self.distilled.items()}
+            return Sampling(few.get("stage_c", STAGE_C), few.get("stage_b", STAGE_B), self.distilled)
+        return Sampling(_options("c", STAGE_C, _given(for_c)), _options("b", STAGE_B, _given(for_b)), {})
+
+    @contextmanager
+    def drawn_with(self, sampling: Sampling) -> Iterator[None]:
+        """Within the context the networks are the distilled ones that `sampling` has."""
+        with ExitStack() as stack:
+            for stage, lora in sampling.distilled.items():
+                stack.enter_context(apply_loras(getattr(self, stage), [(lora, 1.0)]))
+            yield
 
     def _read(self, prompt: str, negative: str, guided_c: bool, guided_b: bool) -> tuple[list[Tensor], list[Tensor]]:
         """The states of the prompt and, with guidance, of the negative one; for Stage C, then for Stage B."""
@@ -384,8 +452,27 @@ class Wuerstchen:
         return read(self.text_encoder_c, guided_c), text_b
 
 
-def _options(stage: str, steps, cfg, sampler, schedule, denoise, seed) -> SamplingOptions:
+def _given(options: Mapping) -> dict:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _options(stage: str, defaults: SamplingOptions, given: dict) -> SamplingOptions:
     """Of a stage, "c" or "b", whose own options carry its letter in `Wuerstchen.generate`."""
-    checks.whole_number(f"steps_{stage}", steps, 1, MAX_STEPS)
-    checks.real_number(f"cfg_{stage}", cfg, -MAX_CFG, MAX_CFG)
-    return SamplingOptions(steps, cfg, sampler, schedule, denoise, seed)
+    if "steps" in given:
+        checks.whole_number(f"steps_{stage}", given["steps"], 1, MAX_STEPS)
+    if "cfg" in given:
+        checks.real_number(f"cfg_{stage}", given["cfg"], -MAX_CFG, MAX_CFG)
+    return replace(defaults, **given)
+
+
+def _few_steps(lora: LoRA) -> SamplingOptions:
+    """How to sample with a distilled network's LoRA. Raises WuerstchenError if its file does not say that."""
+    if "steps" not in lora.sampling or lora.sampling.keys() - {"steps", "cfg", "sampler"}:
+        raise WuerstchenError(
+            f"{lora.path}: its metadata does not say how to sample with it (steps, cfg, sampler): expected the LoRA of "
+            "a distilled network, as wuerstchen train distill writes it"
+        )
+    try:
+        return SamplingOptions(**{"cfg": 1.0, "sampler": "lcm"} | lora.sampling)
+    except WuerstchenError as error:
+        raise WuerstchenError(f"{lora.path}: its sampling metadata: {error}") from error

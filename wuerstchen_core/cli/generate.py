@@ -23,7 +23,7 @@ def add_commands(commands) -> None:
         metavar="FILE",
         help="PNG file; a batch gets -1, -2, … before the ending (default: wuerstchen.png)",
     )
-    generate.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from")
+    generate.add_argument("--negative", metavar="TEXT", help="what to keep away from")
     generate.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from")
     generate.add_argument(
         "--denoise",
@@ -45,11 +45,17 @@ def add_commands(commands) -> None:
         for name, type_, metavar in (("steps", int, "N"), ("cfg", float, "S")):
             default = getattr(defaults, name)
             what = f"Stage {stage.upper()}: {about[name]} (default: {default:g})"
-            generate.add_argument(f"--{name}-{stage}", type=type_, default=default, metavar=metavar, help=what)
-    for name, kind, metavar in (("seed", int, "N"), ("sampler", str, "NAME"), ("schedule", str, "NAME")):
-        default = getattr(STAGE_C, name)
-        what = ("Stage C: " if name == "schedule" else "") + f"{about[name]} (default: {default})"
-        generate.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=what)
+            generate.add_argument(f"--{name}-{stage}", type=type_, metavar=metavar, help=what)
+    for name, metavar in (("sampler", "NAME"), ("schedule", "NAME")):
+        what = ("Stage C: " if name == "schedule" else "") + f"{about[name]} (default: {getattr(STAGE_C, name)})"
+        generate.add_argument(f"--{name}", metavar=metavar, help=what)
+    generate.add_argument(
+        "--seed", type=int, default=STAGE_C.seed, metavar="N", help=f"{about['seed']} (default: {STAGE_C.seed})"
+    )
+    generate.epilog = (
+        "If the set has distilled networks, as the mini has, these draw in a few steps, unless --negative, --steps-c, "
+        "--cfg-c, --steps-b, --cfg-b, --sampler, --schedule, --lora or a network from a file is given."
+    )
     add_model(generate)
 
 
@@ -62,17 +68,14 @@ def _generate(options: argparse.Namespace) -> None:
     from ..util.pictures import read_picture
 
     check_text("the prompt", options.prompt)
-    check_text("--negative", options.negative)
+    if options.negative is not None:
+        check_text("--negative", options.negative)
     if options.denoise is not None and options.image is None:
         raise WuerstchenError("--denoise is about a picture to start from: give one with --image")
     check_png(options.output)
     image = None if options.image is None else read_picture(options.image)
-    settings = {
+    given = {
         "negative_prompt": options.negative,
-        "width": options.width,
-        "height": options.height,
-        "batch_size": options.batch,
-        "seed": options.seed,
         "steps_c": options.steps_c,
         "cfg_c": options.cfg_c,
         "steps_b": options.steps_b,
@@ -80,11 +83,15 @@ def _generate(options: argparse.Namespace) -> None:
         "sampler": options.sampler,
         "schedule": options.schedule,
     }
+    settings = {"width": options.width, "height": options.height, "batch_size": options.batch, "seed": options.seed}
     if image is not None:
         settings["denoise"] = DENOISE if options.denoise is None else options.denoise
     chosen = [_lora(text) for text in options.lora]
     loras = [(load_lora(path), strength) for path, strength in chosen]
     model = load_model(options)
+    if loras:
+        model.distilled = {}  # it was trained for the network as it is
+    sampling = model.sampling(**given)
     with tqdm(unit="step", leave=False) as bar, apply_loras(model.stage_c, loras):
 
         def show(stage: str, step: int, steps: int) -> None:
@@ -93,8 +100,13 @@ def _generate(options: argparse.Namespace) -> None:
             bar.set_description(stage, refresh=False)
             bar.update()
 
-        pictures = model.generate(options.prompt, **settings, image=image, progress=show)
-    told = {"prompt": options.prompt, **settings, "device": options.device}
+        pictures = model.generate(options.prompt, **given, **settings, image=image, progress=show)
+    told = {"prompt": options.prompt, "negative_prompt": options.negative or "", **settings}
+    told |= {"steps_c": sampling.stage_c.steps, "cfg_c": sampling.stage_c.cfg}
+    told |= {"steps_b": sampling.stage_b.steps, "cfg_b": sampling.stage_b.cfg}
+    told |= {"sampler": sampling.stage_c.sampler, "schedule": sampling.stage_c.schedule, "device": options.device}
+    if sampling.distilled:
+        told["distilled"] = ", ".join(f"{stage} {lora.sampling['steps']}" for stage, lora in sampling.distilled.items())
     told["model"] = "mini" if options.model is None else options.model.absolute().name
     if options.image is not None:
         told["image"] = options.image.name
