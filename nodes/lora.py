@@ -10,8 +10,8 @@ class WuerstchenLoadLoRA(io.ComfyNode):
             node_id="WuerstchenLoadLoRA",
             display_name="Würstchen Load LoRA",
             category=sockets.CATEGORY,
-            description="Applies a LoRA to Stage C or Stage B. Several of these nodes in a row add up. ComfyUI's own LoRA "
-            "loaders work too, but do not read an alpha that is in a file's metadata.",
+            description="Applies a LoRA to Stage C or Stage B. Several of these nodes in a row add up. ComfyUI's own "
+            "LoRA loaders work too, but do not read an alpha that is in a file's metadata.",
             inputs=[
                 io.Model.Input(
                     "model",

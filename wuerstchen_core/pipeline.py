@@ -473,6 +473,6 @@ def _few_steps(lora: LoRA) -> SamplingOptions:
             "a distilled network, as wuerstchen train distill writes it"
         )
     try:
-        return SamplingOptions(**{"cfg": 1.0, "sampler": "lcm"} | lora.sampling)
+        return replace(SamplingOptions(cfg=1.0, sampler="lcm"), **lora.sampling)
     except WuerstchenError as error:
         raise WuerstchenError(f"{lora.path}: its sampling metadata: {error}") from error

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from ..diffusion.options import STAGE_B, STAGE_C, SamplingOptions
@@ -92,6 +93,9 @@ def _generate(options: argparse.Namespace) -> None:
     if loras:
         model.distilled = {}  # it was trained for the network as it is
     sampling = model.sampling(**given)
+    few = ", ".join(f"{lora.stage}: {lora.sampling['steps']} steps" for lora in sampling.distilled.values())
+    if few:
+        print(f"drawn by the distilled networks ({few}); settings such as --steps-c 30 draw without", file=sys.stderr)
     with tqdm(unit="step", leave=False) as bar, apply_loras(model.stage_c, loras):
 
         def show(stage: str, step: int, steps: int) -> None:
@@ -105,8 +109,8 @@ def _generate(options: argparse.Namespace) -> None:
     told |= {"steps_c": sampling.stage_c.steps, "cfg_c": sampling.stage_c.cfg}
     told |= {"steps_b": sampling.stage_b.steps, "cfg_b": sampling.stage_b.cfg}
     told |= {"sampler": sampling.stage_c.sampler, "schedule": sampling.stage_c.schedule, "device": options.device}
-    if sampling.distilled:
-        told["distilled"] = ", ".join(f"{stage} {lora.sampling['steps']}" for stage, lora in sampling.distilled.items())
+    if few:
+        told["distilled"] = few
     told["model"] = "mini" if options.model is None else options.model.absolute().name
     if options.image is not None:
         told["image"] = options.image.name

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class LoRA:
     path: Path
     changes: dict[str, Change] = field(repr=False)
     left_out: list[str] = field(default_factory=list, repr=False)
-    sampling: dict[str, int | float | str] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     @property
     def stage(self) -> str:

@@ -8,13 +8,14 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ...diffusion.options import MAX_CFG
 from ...diffusion.schedule import add_noise
-from ...util.checks import one_of
+from ...util.checks import one_of, real_number
 from ...util.errors import WuerstchenError
 from ..data.options import DataOptions
 from ..loop.draws import Draws
@@ -50,7 +51,7 @@ class Options:
     high_noise: float = option(
         0.0, "share of the noise levels drawn from the noisiest alone, where the condition decides"
     )
-    noise_levels: int = option(1, "Stage C: noise levels at which each picture of a batch is learned")
+    noise_levels: int = option(1, "noise levels at which each picture of a batch is learned")
     text_absent: float = option(0.0, "Stage B: share of steps without any text")
     noised: float = option(0.3, "Stage B: share of semantic latents with added noise, as Stage C's are not perfect")
     noised_until: float = option(0.5, "Stage B: latest time of the noise added to them")
@@ -63,7 +64,8 @@ class Options:
     def __post_init__(self):
         one_of("network", self.network, STAGES)
         check_at_least(0, self, "rank", "p2_k")
-        check_at_least(1, self, "intervals", "teacher_steps", "sample_steps")
+        check_at_least(1, self, "intervals", "teacher_steps", "noise_levels", "sample_steps")
+        real_number("cfg_c", self.cfg_c, -MAX_CFG, MAX_CFG)
         check_shares(self, "high_noise", "target_decay")
         if self.targets and not self.rank:
             raise WuerstchenError(
@@ -91,8 +93,8 @@ def _as(cls: type, options: Options, **changed):
 class Frozen(NamedTuple):
     """The networks that a student learns from; what it shares with them is in memory once."""
 
-    teacher: nn.Module
-    target: nn.Module | None  # its average, or itself
+    teacher: Any
+    target: Any  # its average; None: itself
 
 
 class DistillTask(Task):
@@ -138,7 +140,7 @@ class DistillTask(Task):
             self._move_target()
             self.target_step = draws.step
         clean, predictor = self.conditioned(batch["features"], draws)
-        levels = len(clean) // len(draws)
+        levels = options.noise_levels
         t = times_of(draws.uniform(levels), options.high_noise).flatten()
         s = (t - 1 / options.intervals).clamp(min=0)
         x = add_noise(clean, draws.normal((levels, *clean.shape[1:])).flatten(0, 1), t)
@@ -149,7 +151,7 @@ class DistillTask(Task):
         return {"consistency": pseudo_huber(found, goal, t, options.p2_k)}
 
     def conditioned(self, found: dict[str, Tensor], draws: Draws) -> tuple[Tensor, Callable[[nn.Module], Predict]]:
-        """Features -> clean latents (N, ...), and what makes a noise predictor for N of a network."""
+        """Features -> clean latents, each at all its noise levels, and what makes a noise predictor of a network."""
         raise NotImplementedError
 
     def guided(self, predictor: Callable[[nn.Module], Predict]) -> Predict:
@@ -204,11 +206,13 @@ class DistillStageB(DistillTask):
     base: stage_b.StageBTask
 
     def conditioned(self, found, draws):
-        semantic = self.base.spoiled(found["semantic"], draws)
-        text = found.get("text")
-        if text is not None and draws.common.random() < self.options.text_absent:
-            text = None
-        return found["latent"], lambda network: lambda x, t: network(x, t, semantic, text)
+        levels = self.options.noise_levels
+        semantic = self.base.spoiled(found["semantic"], draws).repeat_interleave(levels, dim=0)
+        text = None
+        if "text" in found and draws.common.random() >= self.options.text_absent:
+            text = found["text"].repeat_interleave(levels, dim=0)
+        clean = found["latent"].repeat_interleave(levels, dim=0)
+        return clean, lambda network: lambda x, t: network(x, t, semantic, text)
 
 
 def _sharing_copy(network: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
