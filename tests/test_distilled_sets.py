@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -133,3 +134,13 @@ def test_loras_and_other_networks_are_drawn_with_by_the_networks_as_they_are(fol
     with Image.open("wuerstchen.png") as picture:
         told = json.loads(picture.text["wuerstchen"])
     assert (told["steps_c"], told["steps_b"], told["sampler"]) == (STAGE_C.steps, STAGE_B.steps, STAGE_C.sampler)
+
+
+def test_a_lora_for_stage_b_changes_stage_b(folder, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ["--steps-c", "2", "--steps-b", "1", "--width", "64", "--height", "64", "--model", str(folder)]
+    assert main(["generate", "a cat", "--lora", f"{folder / DISTILLED['stage_b']}:0.5", *few]) == 0
+    with w.apply_loras(tiny.stage_b, [(w.load_lora(folder / DISTILLED["stage_b"]), 0.5)]):
+        expected = tiny.generate("a cat", steps_c=2, steps_b=1, **SMALL)[0]
+    with Image.open("wuerstchen.png") as picture:
+        assert torch.equal(torch.from_numpy(np.array(picture)), (expected * 255).round().byte())

@@ -37,7 +37,7 @@ def add_commands(commands) -> None:
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="a LoRA for Stage C (default strength: 1); give it again for several, which add up",
+        help="a LoRA for Stage C or Stage B (default strength: 1); give it again for several, which add up",
     )
     generate.add_argument("--width", type=int, default=256, metavar="PIXELS", help="multiple of 8 (default: 256)")
     generate.add_argument("--height", type=int, default=256, metavar="PIXELS", help="multiple of 8 (default: 256)")
@@ -96,7 +96,8 @@ def _generate(options: argparse.Namespace) -> None:
     few = ", ".join(f"{lora.stage}: {lora.sampling['steps']} steps" for lora in sampling.distilled.values())
     if few:
         print(f"drawn by the distilled networks ({few}); settings such as --steps-c 30 draw without", file=sys.stderr)
-    with tqdm(unit="step", leave=False) as bar, apply_loras(model.stage_c, loras):
+    of_c, of_b = ([one for one in loras if one[0].stage == stage] for stage in ("Stage C", "Stage B"))
+    with tqdm(unit="step", leave=False) as bar, apply_loras(model.stage_c, of_c), apply_loras(model.stage_b, of_b):
 
         def show(stage: str, step: int, steps: int) -> None:
             if step == 1:
