@@ -1,6 +1,7 @@
 """Stage C and Stage B as ComfyUI's MODEL: its samplers, guiders, LoRAs, hooks and memory management work on them."""
 
 import math
+from collections.abc import Callable
 
 import comfy.conds
 import comfy.latent_formats
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...wuerstchen_core import WuerstchenError
 from ...wuerstchen_core.checkpoints.load import METADATA_KEY, header_tensor, load_network, load_previewer
@@ -22,13 +23,13 @@ from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW
 from ...wuerstchen_core.models.stage_b import DiffNeXt
 from ...wuerstchen_core.models.stage_c import Prior
 from ...wuerstchen_core.util.finite import is_finite
-from ..latents import SEMANTIC
+from ..latents import SEMANTIC, numbers_of
 from . import masks
 from .conditions import CONDMemory, CONDSemantic, Memory, margin, padded, remembered
 from .overflow import in_wide_enough
 from .previews import Previewer, with_previews
 from .schedule import CosineSampling
-from .unet import UNetConfig, WeightName, replacements
+from .unet import UNetConfig, WeightName, refuse_unread, replacements
 
 KEY = "wuerstchen"
 TIME = "wuerstchen_time"  # in transformer_options: the time of a step where its sigma alone does not tell it
@@ -46,6 +47,9 @@ WEIGHT_DTYPES = {
 
 class Hosted:
     """What ComfyUI calls a network by. All that a run does not change comes in as `condition`."""
+
+    dtype: torch.dtype  # of the weights, as they are stored
+    hosted: Callable
 
     def forward(self, x, t, context=None, control=None, transformer_options={}, condition=None, **kwargs):  # noqa: B006
         if control is not None:
@@ -136,7 +140,7 @@ class StageBLatent(comfy.latent_formats.LatentFormat):
 
 class Config(comfy.supported_models_base.BASE):
     unet_config = UNetConfig(disable_unet_model_creation=True)
-    unet_extra_config = {}
+    unet_extra_config: dict = {}
     sampling_settings = {"shift": 1.0}
     text_encoder_key_prefix = ["text_encoders."]
 
@@ -158,7 +162,9 @@ class Wuerstchen(comfy.model_base.BaseModel):
     NUMBERS_PER_POSITION: int  # peak memory of the released network, for each picture
     NUMBERS_PER_TOKEN: int
 
-    def __init__(self, config, network: nn.Module, stored: torch.dtype, computed: torch.dtype | None, device):
+    diffusion_model: HostedPrior | HostedDiffNeXt
+
+    def __init__(self, config, network, stored: torch.dtype, computed: torch.dtype | None, device):
         config.set_inference_dtype(stored, computed)
         super().__init__(config, comfy.model_base.ModelType.EPS, device=device)
         network.dtype = stored
@@ -246,9 +252,11 @@ class Wuerstchen(comfy.model_base.BaseModel):
 class StageC(Wuerstchen):
     STAGE, AREA = "Stage C", 8 * 3 / 128
     SOURCES = "Würstchen Empty Latent or Würstchen Semantic Compress"
+    diffusion_model: HostedPrior
     NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 21_000, 120_000
 
     def extra_conds(self, noise=None, cross_attn=None, **kwargs):
+        refuse_unread(kwargs)
         self.check(noise, cross_attn)
         if cross_attn is None:
             raise WuerstchenError("Stage C draws what a text says: it needs one, if only an empty one")
@@ -261,20 +269,18 @@ class StageC(Wuerstchen):
 class StageB(Wuerstchen):
     STAGE, AREA = "Stage B", 8 / 4
     SOURCES = "Würstchen Stage B Conditioning or Würstchen VQGAN Encode"
+    diffusion_model: HostedDiffNeXt
     NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 1_200, 210_000
 
-    def extra_conds(self, noise=None, cross_attn=None, prompt_type="", **kwargs):
+    def extra_conds(self, noise=None, cross_attn=None, prompt_type="", latent_image=None, **kwargs):
+        refuse_unread(kwargs)
         text = None if cross_attn is None or cross_attn.shape[-1] == 0 else cross_attn
         self.check(noise, text)
         network, semantic = self.diffusion_model, kwargs.get(SEMANTIC)
         size = tuple(noise.shape[-2:])
         expected = [math.ceil(padded(side) * 3 / 32) for side in size]
         if semantic is not None:
-            if len(noise) % len(semantic):
-                raise WuerstchenError(
-                    f"Stage B's latent holds {len(noise)} of the {len(semantic)} pictures that Würstchen Stage B "
-                    "Conditioning was given: take pictures out of Stage C's latent, before that node"
-                )
+            semantic = self.of_pictures(semantic, noise, latent_image)
             if max(abs(ours - theirs) for ours, theirs in zip(expected, semantic.shape[-2:], strict=True)) > 1:
                 raise WuerstchenError(
                     f"Stage B's latent of {size[1]}x{size[0]} does not fit Stage C's of {semantic.shape[-1]}x"
@@ -292,6 +298,25 @@ class StageB(Wuerstchen):
         if text is not None:
             conds["c_crossattn"] = comfy.conds.CONDCrossAttn(text)
         return conds
+
+    def of_pictures(self, semantic: Tensor, noise: Tensor, latent: Tensor | None) -> Tensor:
+        """Stage C's latents -> those of the pictures that the sampler is given, in their order."""
+        if len(semantic) == 1:
+            return semantic
+        numbers = None if latent is None else numbers_of(latent / self.latent_format.scale_factor)
+        if numbers is None:
+            if len(noise) % len(semantic):
+                raise WuerstchenError(
+                    f"Stage B's latent holds {len(noise)} pictures, and Würstchen Stage B Conditioning was given "
+                    f"{len(semantic)}: give that node as many as the sampler"
+                )
+            return semantic
+        if max(numbers) >= len(semantic):
+            raise WuerstchenError(
+                f"Stage B's latent holds picture {max(numbers) + 1} of another batch than its conditioning, which has "
+                f"{len(semantic)}: take both from the same Würstchen Stage B Conditioning"
+            )
+        return semantic[numbers]
 
     def condition(self, x, dtype, text, semantic):
         size = [padded(side) for side in x.shape[-2:]]
