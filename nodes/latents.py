@@ -74,10 +74,11 @@ def numbered(samples: Tensor) -> Tensor:
 
 
 def numbers_of(samples: Tensor) -> list[int] | None:
-    """The places, from 0 on, that pictures had in the batch that was numbered; None if any of them is not empty."""
+    """The places, from 0 on, of pictures in the batch that was numbered; None if any is not empty, or is a mixture."""
     numbers = samples.flatten(1) / NUMBER
     least, most = numbers.amin(dim=1), numbers.amax(dim=1)
-    if least.min() < 0.5 or most.max() > MOST_PICTURES or (most - least).max() > 0.1:
+    whole = (most - most.round()).abs().max() < 0.1 and (most - least).max() < 0.1
+    if not whole or least.min() < 0.5 or most.max() > MOST_PICTURES:
         return None
     return [round(number) - 1 for number in most.tolist()]
 

@@ -26,6 +26,7 @@ from ...wuerstchen_core.util.finite import is_finite
 from ..latents import SEMANTIC, numbers_of
 from . import masks
 from .conditions import CONDMemory, CONDSemantic, Memory, margin, padded, remembered
+from .lora import fits
 from .overflow import in_wide_enough
 from .previews import Previewer, with_previews
 from .schedule import CosineSampling
@@ -257,6 +258,11 @@ class StageC(Wuerstchen):
 
     def extra_conds(self, noise=None, cross_attn=None, **kwargs):
         refuse_unread(kwargs)
+        if kwargs.get(SEMANTIC) is not None:
+            raise WuerstchenError(
+                "this conditioning comes from Würstchen Stage B Conditioning, and this sampler has Stage C: take the "
+                "prompt from Würstchen Text Encode or CLIP Text Encode"
+            )
         self.check(noise, cross_attn)
         if cross_attn is None:
             raise WuerstchenError("Stage C draws what a text says: it needs one, if only an empty one")
@@ -323,6 +329,20 @@ class StageB(Wuerstchen):
         return self.diffusion_model.condition(semantic.to(x.device, dtype), text, size)
 
 
+class StagePatcher(ModelPatcher):
+    """Refuses merges and LoRAs of another network, which ComfyUI leaves out with a line in its log at most."""
+
+    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+        for key, patch in patches.items():
+            name = key if isinstance(key, str) else key[0]
+            if not fits(patch, self.model, name):
+                raise WuerstchenError(
+                    f"what is to be merged into {self.model.STAGE}, or the LoRA for it, belongs to another network: "
+                    f"{name.removeprefix('diffusion_model.')} is not there, or of another size"
+                )
+        return super().add_patches(patches, strength_patch, strength_model)
+
+
 STAGES = {
     "stage_c": (HostedPrior, StageCConfig, StageC),
     "stage_b": (HostedDiffNeXt, StageBConfig, StageB),
@@ -340,7 +360,7 @@ def load_diffusion(kind: str, path, weight_dtype: str = "default") -> ModelPatch
     model = model_class(config_class(Config.unet_config), network, stored, computed, offload)
     if kind == "stage_b":
         model.latent_format.scale_factor = 1 / network.config.stage_a_scale
-    patcher = ModelPatcher(model, device, offload)
+    patcher = StagePatcher(model, device, offload)
     patcher.add_wrapper_with_key(extension.WrappersMP.OUTER_SAMPLE, KEY, _sample)
     return patcher
 
@@ -372,7 +392,7 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
         )
     for entries in guider.conds.values():
         for entry in entries:
-            if "area" in entry and entry["area"][0] != "percentage":
+            if "area" in entry:
                 entry["area"] = _area(entry["area"], model.AREA, noise.shape[2:])
     if "model_function_wrapper" in guider.model_options:
         guider.model_options.setdefault("transformer_options", {})[FORGET] = True
@@ -394,11 +414,16 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
 
 
 def _area(area: tuple, factor: float, size) -> tuple:
-    """(height, width, y, x) in eighths of pixels -> in positions of a latent of this size."""
-    half = len(area) // 2
-    corner = [min(round(place * factor), side - 1) for place, side in zip(area[half:], size, strict=True)]
+    """(height, width, y, x) in eighths of pixels, or "percentage" and shares -> in positions of a latent of this size.
+
+    One that would lie outside, or be of no size, becomes a position at the edge.
+    """
+    factors = [factor, factor]
+    if area[0] == "percentage":
+        area, factors = area[1:], size
+    corner = [min(round(at * by), side - 1) for at, by, side in zip(area[2:], factors, size, strict=True)]
     sides = [
-        max(1, min(round(length * factor), side - start))
-        for length, start, side in zip(area[:half], corner, size, strict=True)
+        max(1, min(round(length * by), side - start))
+        for length, by, start, side in zip(area[:2], factors, corner, size, strict=True)
     ]
     return (*sides, *corner)

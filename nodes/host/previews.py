@@ -6,13 +6,16 @@ import comfy.model_management as management
 import comfy.utils
 import torch
 from comfy.cli_args import args
+from comfy.latent_formats import LatentFormat
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...wuerstchen_core.checkpoints.load import load_previewer
 from ...wuerstchen_core.pipeline import preview
 from ...wuerstchen_core.util.finite import is_finite
+
+FLAT = 16  # pixels a side of a picture of a single colour
 
 
 class Previewer:
@@ -38,6 +41,19 @@ class Previewer:
         [picture] = preview(self.network, latent.to(device), torch.float32)
         pixels = (picture * 255).round().byte().cpu().numpy()
         return "JPEG", Image.fromarray(pixels), args.preview_size
+
+
+@torch.inference_mode()
+def show_latents_of(stage_a: nn.Module, latent_format: LatentFormat) -> None:
+    """Lets samplers show latents of Stage B, one colour a position, as fits best what this Stage A (one with raw
+    latents) makes of pictures of a single colour. Where it is not known which Stage A follows there are none."""
+    weight = next(stage_a.parameters())
+    colours = torch.cartesian_prod(*3 * [torch.linspace(0, 1, 4)])
+    pictures = colours[:, :, None, None].expand(-1, -1, FLAT, FLAT).to(weight)
+    latents = latent_format.process_in(stage_a.encode(pictures)).float().mean(dim=(2, 3)).cpu()
+    known = torch.cat([latents, torch.ones(len(latents), 1)], dim=1)
+    *factors, bias = torch.linalg.lstsq(known, 2 * colours - 1).solution.tolist()
+    latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias = factors, bias
 
 
 def with_previews(callback, previewer: Previewer, steps: int):

@@ -64,10 +64,18 @@ class VAE(comfy.sd.VAE):
         return super().decode_tiled(samples, *more, **options)
 
     def encode(self, pixel_samples):
-        return super().encode(pixel_samples[..., :3])
+        return super().encode(self._colours(pixel_samples))
 
     def encode_tiled(self, pixel_samples, *more, **options):
-        return super().encode_tiled(pixel_samples[..., :3], *more, **options)
+        return super().encode_tiled(self._colours(pixel_samples), *more, **options)
+
+    def _colours(self, pixels: Tensor) -> Tensor:
+        if min(pixels.shape[1:3]) < STEP:
+            raise WuerstchenError(
+                f"{self.NAME}: this image is {pixels.shape[2]}x{pixels.shape[1]} pixels, at least {STEP}x{STEP} are "
+                "needed"
+            )
+        return pixels[..., :3]
 
     def _check(self, samples: Tensor) -> None:
         if samples.dim() != 4 or samples.shape[1] != self.latent_channels:

@@ -41,7 +41,7 @@ def sparing(monkeypatch):
     counted, load = [], ModelPatcher.load
 
     def sparingly(patcher, device, memory=0, **options):
-        whole = options.get("full_load") or memory == 0
+        whole = memory == 0  # which the VAEs ask for
         options = {**options, "lowvram_model_memory": 0 if whole else min(memory, patcher.model_size() / 4)}
         load(patcher, device, **{**options, "full_load": whole})
         layers = patcher.model.modules()
