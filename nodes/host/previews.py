@@ -1,5 +1,6 @@
 """Pictures of the small latent while it is being sampled, by a previewer."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.model_management as management
@@ -9,7 +10,7 @@ from comfy.cli_args import args
 from comfy.latent_formats import LatentFormat
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...wuerstchen_core.checkpoints.load import load_previewer
 from ...wuerstchen_core.pipeline import preview
@@ -43,14 +44,14 @@ class Previewer:
         return "JPEG", Image.fromarray(pixels), args.preview_size
 
 
-@torch.inference_mode()
-def show_latents_of(stage_a: nn.Module, latent_format: LatentFormat) -> None:
-    """Lets samplers show latents of Stage B, one colour a position, as fits best what this Stage A (one with raw
-    latents) makes of pictures of a single colour. Where it is not known which Stage A follows there are none."""
-    weight = next(stage_a.parameters())
+def show_latents(latent_format: LatentFormat, encode: Callable[[Tensor], Tensor]) -> None:
+    """Lets samplers show latents of Stage B, one colour a position: the affine map that fits best what Stage A's
+    `encode` (IMAGE -> raw latents) makes of pictures of a single colour."""
     colours = torch.cartesian_prod(*3 * [torch.linspace(0, 1, 4)])
-    pictures = colours[:, :, None, None].expand(-1, -1, FLAT, FLAT).to(weight)
-    latents = latent_format.process_in(stage_a.encode(pictures)).float().mean(dim=(2, 3)).cpu()
+    latents = encode(colours[:, None, None].expand(-1, FLAT, FLAT, -1))
+    latents = latent_format.process_in(latents).float().cpu().mean(dim=(2, 3))
+    if not is_finite(latents):
+        return  # nor will its pictures be, and decoding says so
     known = torch.cat([latents, torch.ones(len(latents), 1)], dim=1)
     *factors, bias = torch.linalg.lstsq(known, 2 * colours - 1).solution.tolist()
     latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias = factors, bias
