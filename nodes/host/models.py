@@ -335,7 +335,7 @@ class StagePatcher(ModelPatcher):
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
         for key, patch in patches.items():
             name = key if isinstance(key, str) else key[0]
-            if not fits(patch, self.model, name):
+            if name.startswith("diffusion_model.") and not fits(patch, self.model, name):  # others are the CLIP's
                 raise WuerstchenError(
                     f"what is to be merged into {self.model.STAGE}, or the LoRA for it, belongs to another network: "
                     f"{name.removeprefix('diffusion_model.')} is not there, or of another size"
