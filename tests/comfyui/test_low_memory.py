@@ -77,7 +77,7 @@ def test_little_memory_gives_the_same_picture(call, run, tinies, text, ksampler,
     counted = sparing(state)
     for ours, expected in zip(draw(), plain, strict=True):
         assert distance(ours, expected) < 1e-4
-    assert sum(count > 5 for count in counted) >= 3  # text encoder, Stage C and Stage B
+    assert sum(count > 0 for count in counted) >= 3  # text encoder, Stage C and Stage B
 
 
 @pytest.mark.parametrize("name", ["stage_a", "semantic"])

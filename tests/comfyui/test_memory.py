@@ -192,7 +192,7 @@ def test_stage_b_shows_the_colours_of_its_stage_a(call, run, mini, minis, ksampl
         image = torch.lerp(torch.tensor(outer), torch.tensor(inner), disc)[None]
         latent = mini.stage_a.encode(image.movedim(3, 1))
         shown = latent_preview.get_previewer("cpu", minis.model_b.model.latent_format).decode_latent_to_preview(latent)
-        shown = torch.from_numpy(np.asarray(shown)).float() / 255
+        shown = torch.from_numpy(np.array(shown)).float() / 255
         reduced = F.avg_pool2d(image.movedim(3, 1), 4)[0].movedim(0, 2)
         assert (shown - reduced).square().mean().sqrt() < 0.2 < 0.3 < (shown - reduced.flip(2)).square().mean().sqrt()
     positive, negative, start = call("WuerstchenStageBConditioning", latent={"samples": noise(1, 16, 3, 3)})
