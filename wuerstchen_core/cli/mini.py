@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..util.atomic import replacing
+from ..util.errors import WuerstchenError
 from .common import add_model, check_png, command, load_model
 
 
@@ -26,6 +27,9 @@ def add_train_command(train) -> None:
 def add_evaluate_command(commands) -> None:
     evaluate = command(commands, "evaluate", _evaluate, "measure a model on the emoji data set")
     evaluate.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
+    evaluate.add_argument(
+        "--distilled", action="store_true", help="draw by the set's distilled networks, as `wuerstchen generate` does"
+    )
     evaluate.add_argument("--count", type=int, default=200, metavar="N", help="pictures and prompts (default: 200)")
     evaluate.add_argument(
         "--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file"
@@ -66,5 +70,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         with replacing(options.sheet) as partial:
             sample_sheet(load_model(options)).save(partial, format="PNG")
         return
-    for line in evaluate(load_model(options), emoji, options.count):
+    model = load_model(options)
+    sampling = None
+    if options.distilled:
+        sampling = model.sampling()
+        if not sampling.distilled:
+            raise WuerstchenError(
+                "--distilled: this set has no distilled networks, or other networks are in their place"
+            )
+    for line in evaluate(model, emoji, options.count, sampling):
         print(line, flush=True)
