@@ -78,7 +78,7 @@ def _text_encoders(networks: Wuerstchen, task: Task) -> Iterator[Stage]:
     outlines = [networks.text_encoder_c]
     if networks.text_encoder_b is not None and networks.text_encoder_b is not networks.text_encoder_c:
         outlines.append(networks.text_encoder_b)
-    encoders = [_filled(outline, task) for outline in outlines]
+    encoders = [filled(outline, task.dtype, task.device) for outline in outlines]
     clips = [diffusers_networks.clip(encoder) for encoder in encoders]
     last_of_theirs = clips[-1] if networks.text_encoder_b is not None else None
 
@@ -112,7 +112,7 @@ def _stage_c(networks: Wuerstchen, task: Task) -> Iterator[Stage]:
     from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPriorPipeline
 
     outline, config, geometry = networks.stage_c, networks.stage_c.config, task.geometry
-    ours = _filled(outline, task)
+    ours = filled(outline, task.dtype, task.device)
     ours.out[-1].weight.mul_(0.1)  # clear of the pole of (x - a) / |1 - b|
     theirs = diffusers_networks.prior(ours)
     pipe = WuerstchenPriorPipeline(None, None, theirs, DDPMWuerstchenScheduler())
@@ -121,10 +121,10 @@ def _stage_c(networks: Wuerstchen, task: Task) -> Iterator[Stage]:
 
     def at(batch: int) -> Stage:
         texts = [states.repeat(batch, 1, 1) for states in (text, negative)]
-        pipe.encode_prompt = lambda *_, **__: texts
         latent = torch.zeros(batch, config.latent_channels, *geometry.stage_c, device=task.device)
 
         def in_diffusers(steps, done):
+            pipe.encode_prompt = lambda *_, **__: texts
             return pipe(
                 prompt_embeds=text,
                 negative_prompt_embeds=negative,
@@ -162,7 +162,7 @@ def _stage_b(networks: Wuerstchen, task: Task) -> Iterator[Stage]:
     from diffusers.pipelines.deprecated.wuerstchen import WuerstchenDecoderPipeline
 
     outline, config, geometry = networks.stage_b, networks.stage_b.config, task.geometry
-    ours = _filled(outline, task)
+    ours = filled(outline, task.dtype, task.device)
     ours.clf[1].weight.mul_(0.3)
     ours.clf[1].bias[len(ours.clf[1].bias) // 2 :] += 3  # sigmoid(b) near 1: the noise is about x, as in trained ones
     theirs = diffusers_networks.decoder(ours)
@@ -171,11 +171,12 @@ def _stage_b(networks: Wuerstchen, task: Task) -> Iterator[Stage]:
     text = torch.randn(1, 77, config.text_width).to(task.device, task.dtype)
 
     def at(batch: int) -> Stage:
-        pipe.encode_prompt = lambda *_, **__: (text.repeat(batch, 1, 1), None)
+        texts = text.repeat(batch, 1, 1), None
         semantic = torch.randn(batch, config.semantic_channels, *geometry.stage_c).to(task.device)
         features = config.latent_space.to_features(semantic).to(task.dtype)
 
         def in_diffusers(steps, done):
+            pipe.encode_prompt = lambda *_, **__: texts
             return pipe(features, PROMPTS[0], steps, output_type="latent", callback_on_step_end=_calling(done)).images
 
         def in_ours(options):
@@ -203,7 +204,7 @@ def _stage_b(networks: Wuerstchen, task: Task) -> Iterator[Stage]:
 def _stage_a(networks: Wuerstchen, task: Task) -> Iterator[Stage]:
     """Its decoder."""
     outline, config = networks.stage_a, networks.stage_a.config
-    ours = _filled(outline, task)
+    ours = filled(outline, task.dtype, task.device)
     theirs = diffusers_networks.vqgan(ours)
 
     def at(batch: int) -> Stage:
@@ -243,10 +244,13 @@ def _calling(done: Callable[[], None]) -> Callable:
     return callback
 
 
-def _filled(outline: nn.Module, task: Task) -> Any:
-    """A network with random numbers as weights, the same ones again and again: a billion of their own take minutes."""
-    network = deepcopy(outline).to(task.dtype).to_empty(device=task.device).eval().requires_grad_(False)
-    numbers = torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0)).to(task.device, task.dtype)
+def filled(outline: nn.Module, dtype: torch.dtype = torch.float32, device="cpu") -> Any:
+    """A network like one on the meta device, with random weights.
+
+    They are a million numbers over and over again: a billion of their own would take minutes.
+    """
+    network = deepcopy(outline).to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    numbers = torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     for tensor in (*network.parameters(), *network.buffers()):
         if not tensor.is_floating_point():
             tensor.zero_()
