@@ -103,7 +103,7 @@ def _against_diffusers(options: argparse.Namespace) -> None:
     )
     task = Task(
         Geometry(width, height),
-        tuple(whole_number("--batch", batch, 1, MAX_BATCH) for batch in options.batch or [1]),
+        tuple(dict.fromkeys(whole_number("--batch", batch, 1, MAX_BATCH) for batch in options.batch or [1])),
         getattr(torch, options.dtype or "float32"),
         options.device,
         _steps("--steps-c", options.steps_c, STEPS_C),
