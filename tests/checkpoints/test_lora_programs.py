@@ -164,7 +164,7 @@ def test_inspect_says_what_another_kind_is(tmp_path, capsys, module, kind):
     path = tmp_path / "other.safetensors"
     save_file({f"{module}.{kind}": torch.ones(2, 32), f"{module}.alpha": torch.tensor(1.0)}, path)
     assert main(["inspect", str(path)]) == 2
-    assert "this is a LoHa or LoKr, which only ComfyUI's LoRA loaders apply" in capsys.readouterr().err
+    assert "this is a LoHa or LoKr, not a plain LoRA: try ComfyUI's own LoRA loaders" in capsys.readouterr().err
 
 
 def test_one_module_under_two_names_is_refused(tmp_path):

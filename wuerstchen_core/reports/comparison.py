@@ -136,7 +136,7 @@ def table(figures: Figures) -> Iterator[str]:
     for one in figures["batches"]:
         yield ""
         title = f"batch {one['batch']}"
-        yield f"{title:<26}{'diffusers':>12}{'ours':>12}{'':>9}{'of GEMM':>16}{'GiB':>15}"
+        yield f"{title:<28}{'diffusers':>12}{'ours':>12}{'':>9}{'of GEMM':>16}{'GiB':>15}"
         for stage in one["stages"]:
             sides = stage["sides"]
             label = stage["stage"] + (", a step" if sides[OURS]["steps"] > 1 else "")
@@ -147,7 +147,7 @@ def table(figures: Figures) -> Iterator[str]:
         memory = [_gibibytes(side["memory"]) for side in (theirs, ours)]
         yield _row(f"picture, {_steps(ours)} steps", theirs, ours, "seconds", ours["speed"], memory)
         speed = f"{defaults['speed']:.2f} ×"
-        yield f"{f'our defaults, {_steps(defaults)} steps':<26}{'':>12}{_seconds(defaults['seconds']):>12}{speed:>9}"
+        yield f"{f'our defaults, {_steps(defaults)} steps':<28}{'':>12}{_seconds(defaults['seconds']):>12}{speed:>9}"
     yield ""
     yield "steps: of Stage C, with guidance, + of Stage B; GiB: weights, and the most that a run needs beside them"
     yield "of GEMM: the operations that our networks need, over the time, as a share of the rate of matrix products"
@@ -156,7 +156,7 @@ def table(figures: Figures) -> Iterator[str]:
 def _row(label: str, theirs: Figures, ours: Figures, seconds: str, speed: float, memory: list[str]) -> str:
     shares = [f"{side['of_gemm']:.0%}".replace("%", " %") for side in (theirs, ours)]
     return (
-        f"{label:<26}{_seconds(theirs[seconds]):>12}{_seconds(ours[seconds]):>12}{f'{speed:.2f} ×':>9}"
+        f"{label:<28}{_seconds(theirs[seconds]):>12}{_seconds(ours[seconds]):>12}{f'{speed:.2f} ×':>9}"
         f"{shares[0]:>9}{shares[1]:>7}{memory[0]:>8}{memory[1]:>7}"
     )
 
