@@ -126,7 +126,7 @@ def table(figures: Figures) -> Iterator[str]:
         f"Würstchen {figures['networks']} beside diffusers {versions['diffusers']}: {figures['width']}×"
         f"{figures['height']} pixels, {figures['dtype']}, random weights"
     )
-    threads = "" if figures["device"].startswith("cuda") else f", {figures['threads']} threads"
+    threads = "" if figures["device"].startswith("cuda") else f", threads: {figures['threads']}"
     yield (
         f"{figures['device']}{threads}, torch {versions['torch']}; matrix products (GEMM) reach "
         f"{_rate(figures['gemm'])}"
