@@ -117,7 +117,7 @@ def describe_lora(archive: Archive) -> Iterator[str]:
         yield f"  sampling       {', '.join(f'{name} {value}' for name, value in lora.sampling.items())}"
     if lora.left_out:
         more = ", …" if len(lora.left_out) > 3 else ""
-        yield f"  left out       {len(lora.left_out)}, not of Stage C: {', '.join(lora.left_out[:3])}{more}"
+        yield f"  left out       {len(lora.left_out)}, not of {lora.stage}: {', '.join(lora.left_out[:3])}{more}"
 
 
 def _sorted(archive: Archive) -> tuple[dict[str, dict[str, str]], dict[str, float], list[str]]:

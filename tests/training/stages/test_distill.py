@@ -16,9 +16,12 @@ from tests.reference import signal
 from wuerstchen_core.checkpoints.sets import SET
 from wuerstchen_core.cli import main
 from wuerstchen_core.mini.source import emoji_source
+from wuerstchen_core.training.command import CONFIGS, RunOptions
 from wuerstchen_core.training.data.options import DataOptions
 from wuerstchen_core.training.data.sources import register
 from wuerstchen_core.training.loop.draws import Draws
+from wuerstchen_core.training.loop.run import Plan
+from wuerstchen_core.training.options import load, read_all
 from wuerstchen_core.training.stages import distill
 
 NETWORKS = {"stage-c": "stage_c", "stage-b": "stage_b"}
@@ -222,3 +225,11 @@ def test_samples_are_drawn_in_few_steps(teach, network, size, monkeypatch):
 def test_what_cannot_be_distilled_is_named(teach, tmp_path, options, says, capsys):
     assert teach("run", **options) == 2
     assert re.search(says, capsys.readouterr().err.splitlines()[-1]) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", ["mini", "v2"])
+def test_the_shipped_configurations_are_whole(size):
+    path = str(CONFIGS / size / "distill.toml")
+    table = load(path)
+    *_, options = read_all((RunOptions, DataOptions, Plan, distill.Options), table, path)
+    assert options.network == "stage-c" and options.init == table.get("init", "mini") and options.rank
