@@ -41,13 +41,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
 
 
-def load_model(options: argparse.Namespace):
+def load_model(options: argparse.Namespace, offload: bool | None = False):
     from ..checkpoints.sets import MINI, find_set
     from ..pipeline import Wuerstchen
 
     check_device(options.device)
     paths: dict[str, Any] = find_set(MINI if options.model is None else options.model, given_networks(options))
-    return Wuerstchen.from_files(**paths, device=options.device)
+    return Wuerstchen.from_files(**paths, device=options.device, offload=offload)
 
 
 def given_networks(options: argparse.Namespace) -> dict[str, Path]:

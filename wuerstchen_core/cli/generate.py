@@ -50,7 +50,19 @@ def add_commands(commands) -> None:
         default = getattr(STAGE_C, name)
         what = ("Stage C: " if name == "schedule" else "") + f"{about[name]} (default: {default})"
         generate.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=what)
+    generate.add_argument(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="side of Stage A's tiles and of the windows of Stage B's attention, a multiple of 64 from 256 on; 0: the "
+        "whole picture (default: Stage A as memory allows, Stage B 1024 where a side has more than 1536)",
+    )
     add_model(generate)
+    generate.add_argument(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        help="only the network at work is on the device (default: where it cannot hold all)",
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -80,11 +92,13 @@ def _generate(options: argparse.Namespace) -> None:
         "sampler": options.sampler,
         "schedule": options.schedule,
     }
+    if options.tile is not None:
+        settings["tile"] = options.tile
     if image is not None:
         settings["denoise"] = DENOISE if options.denoise is None else options.denoise
     chosen = [_lora(text) for text in options.lora]
     loras = [(load_lora(path), strength) for path, strength in chosen]
-    model = load_model(options)
+    model = load_model(options, options.offload)
     with tqdm(unit="step", leave=False) as bar, apply_loras(model.stage_c, loras):
 
         def show(stage: str, step: int, steps: int) -> None:

@@ -8,6 +8,7 @@ it once a run, `forward` takes the result.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -123,10 +124,22 @@ class Attention(nn.Module):
         """(B, L, C) -> keys and values (B, heads, L, C / heads)"""
         return self._split(self.to_k(tokens)), self._split(self.to_v(tokens))
 
-    def forward(self, tokens: Tensor, context: tuple[Tensor, Tensor] | None) -> Tensor:
-        """tokens (B, N, C) attend to themselves and to the context's keys and values."""
+    def forward(
+        self,
+        tokens: Tensor,
+        context: tuple[Tensor, Tensor] | None,
+        size: tuple[int, int] | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """tokens (B, N, C) attend to themselves and to the context's keys and values.
+
+        With a window, tokens that are the `size` (rows, columns) of a picture see a square of this side around them.
+        """
         query = self._split(self.to_q(tokens))
         keys, values = self.keys_values(tokens)
+        if window is not None and size is not None and max(size) > window:
+            attended = attend_in_windows(query, keys, values, context, size, window)
+            return self.to_out[0](rearrange(attended, "b heads n c -> b n (heads c)"))
         if context is not None:
             keys, values = (
                 torch.cat([own, given.expand(own.shape[0], -1, -1, -1)], dim=2)
@@ -153,11 +166,59 @@ class AttnBlock(nn.Module):
         """(B, L, text_width) -> the text's keys and values"""
         return self.attention.keys_values(self.kv_mapper(text))
 
-    def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None, window: int | None = None) -> Tensor:
+        """x (B, C, H, W); with a window, positions see those of a square of this side around them, and the text."""
         rows, columns = x.shape[-2:]
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        attended = self.attention(tokens, context)
+        attended = self.attention(tokens, context, (rows, columns), window)
         return x + rearrange(attended, "b (h w) c -> b c h w", h=rows, w=columns)
+
+
+def attend_in_windows(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    context: tuple[Tensor, Tensor] | None,
+    size: tuple[int, int],
+    window: int,
+) -> Tensor:
+    """Attention of a picture's positions (B, heads, rows * columns, C) to those around them, and to the context.
+
+    Positions are taken in squares of half a window's side, and each square sees the window that has it in its middle,
+    or, near an edge, the nearest window within the picture. Neighbouring squares share three quarters of what lies
+    along their border, so that none shows; all see as many positions.
+    """
+    query, keys, values = (rearrange(one, "b n (h w) c -> b n h w c", h=size[0]) for one in (query, keys, values))
+    attended = torch.empty_like(query)
+    across = list(_windows(size[1], window))
+    for rows, rows_seen in _windows(size[0], window):
+
+        def gather(whole: Tensor, rows: slice, columns: list[slice]) -> Tensor:
+            """(windows * B, heads, positions, C): a row of windows as one batch"""
+            return torch.cat([whole[:, :, rows, one].flatten(2, 3) for one in columns])
+
+        queries = gather(query, rows, [columns for columns, _ in across])
+        seen = [gather(one, rows_seen, [columns for _, columns in across]) for one in (keys, values)]
+        if context is not None:
+            seen = [
+                torch.cat([own, given.expand(len(query), -1, -1, -1).repeat(len(across), 1, 1, 1)], dim=2)
+                for own, given in zip(seen, context, strict=True)
+            ]
+        found = F.scaled_dot_product_attention(queries, *seen)
+        for (columns, _), part in zip(across, found.chunk(len(across)), strict=True):
+            place = attended[:, :, rows, columns]
+            place.copy_(part.view_as(place))
+    return attended.flatten(2, 3)
+
+
+def _windows(length: int, window: int) -> Iterator[tuple[slice, slice]]:
+    """Along one side: the positions of a square, and those of the window that it sees; each of the same length."""
+    seen = min(window, length)
+    own = length if length <= window else max(1, window // 2)
+    for i in range(-(-length // own)):
+        start = min(i * own, length - own)  # the last one ends at the edge, and may overlap the one before
+        first = min(max(0, start - (seen - own) // 2), length - seen)
+        yield slice(start, start + own), slice(first, first + seen)
 
 
 def to_rows(x: Tensor) -> Tensor:
