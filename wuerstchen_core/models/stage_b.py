@@ -52,7 +52,7 @@ CONTEXT_LENGTH = 77  # of the zero states in the place of a text
 class StageBCondition(NamedTuple):
     """What Stage B takes from the semantic latent and the text, in the order of its blocks."""
 
-    shares: list  # of every ResBlock: (level's latent (B, h, w, 16), matrix (4C, 16), offset (4C,)), or None
+    shares: list  # of every ResBlock: (level's latent (B, h, w, K), matrix (4C, K)), or None
     contexts: list  # of every AttnBlock: keys and values, or None
     windows: list  # of every AttnBlock: the side of the square that a position sees, or None
 
@@ -130,12 +130,10 @@ class DiffNeXt(nn.Module):
             mapper = self.effnet_mappers[i]
             if mapper is not None:
                 level_size = [side // (self.config.patch << level) for side in size]
-                resized = to_rows(_resize(semantic, level_size))
+                resized = _with_one(to_rows(_resize(semantic, level_size)))
             for block in blocks:
                 if isinstance(block, ResBlock):
-                    shares.append(
-                        None if block.semantic is None else (resized, *_affine(mapper, block.semantic, resized))
-                    )
+                    shares.append(None if block.semantic is None else (resized, _affine(mapper, block.semantic, resized)))
                 elif isinstance(block, AttnBlock):
                     contexts.append(None if text is None else block.condition(text))
                     whole = window is None or level == depth - 1
@@ -155,8 +153,7 @@ class DiffNeXt(nn.Module):
         def run(blocks: nn.Module, h: Tensor, skip: Tensor | None = None) -> Tensor:
             for block in blocks.children():
                 if isinstance(block, ResBlock):
-                    share = next(shares)
-                    h = block(h, skip, None if share is None else F.linear(*share))
+                    h = block(h, skip, next(shares))
                     skip = None
                 elif isinstance(block, TimestepBlock):
                     h = block(h, next(modulations))
@@ -203,14 +200,20 @@ def _resize(semantic: Tensor, size: list[int]) -> Tensor:
     return resized.to(semantic.dtype)
 
 
-def _affine(mapper: nn.Module, linear: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The 1x1 convolution and the Linear behind it as one affine map: 16 channels instead of the condition's width.
+def _with_one(rows: Tensor) -> Tensor:
+    """(B, h, w, C) -> (B, h, w, K): a channel of ones behind it, and zeros up to the next multiple of 8, which matrix
+    units need."""
+    return F.pad(F.pad(rows, (0, 1), value=1.0), (0, -(rows.shape[-1] + 1) % 8))
+
+
+def _affine(mapper: nn.Module, linear: nn.Module, like: Tensor) -> Tensor:
+    """The 1x1 convolution and the Linear behind it as one matrix (4C, K), for latents `_with_one`.
 
     It is read off their outputs for zero and for the unit vectors, so that it holds for whatever a host puts in a
     layer's place (casting, offloading, patched weights).
     """
-    channels = like.shape[-1]
+    channels = mapper.in_channels
     probe = torch.cat([torch.zeros(1, channels), torch.eye(channels)]).to(like)
     image = linear(to_rows(mapper(probe[:, :, None, None])))[:, 0, 0]
-    offset = image[0]
-    return (image[1:] - offset).T.contiguous(), offset
+    columns = torch.cat([image[1:] - image[0], image[:1]])
+    return F.pad(columns, (0, 0, 0, like.shape[-1] - len(columns))).T.contiguous()
