@@ -42,15 +42,15 @@ class Offload:
             for tensors, name, waiting, _ in copies:
                 tensors[name] = waiting
 
+    @torch.inference_mode(False)
     def _copy(self, network: nn.Module) -> "list[Copied]":
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            return [(tensors, name, tensor, self._copy_of(tensor)) for tensors, name, tensor in _parameters_of(network)]
-
-    def _copy_of(self, tensor: Tensor) -> Tensor:
-        if self._stream is not None and not tensor.is_pinned():
-            tensor.data = tensor.data.pin_memory()
-        copied = tensor.detach().to(self.device, non_blocking=True, copy=True)
-        return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+            copies = []
+            for tensors, name, tensor in _parameters_of(network):
+                waiting = tensor if self._stream is None or tensor.is_pinned() else _like(tensor, tensor.pin_memory())
+                copied = waiting.detach().to(self.device, non_blocking=True, copy=True)
+                copies.append((tensors, name, waiting, _like(tensor, copied)))
+            return copies
 
     def _finish(self, copies: "list[Copied]") -> None:
         """Makes the work that follows wait for the copies, and their memory for that work."""
@@ -77,6 +77,11 @@ def must_offload(networks: list[nn.Module], device: torch.device | str) -> bool:
     """Whether a device other than the CPU cannot hold all of them beside what they need to work."""
     free = free_memory(device)
     return torch.device(device).type != "cpu" and free is not None and bytes_of(*networks) + RESERVE > free
+
+
+def _like(tensor: Tensor, copied: Tensor) -> Tensor:
+    """The copy as a parameter, if it is one of a parameter."""
+    return nn.Parameter(copied.detach(), requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
 
 def _parameters_of(network: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:

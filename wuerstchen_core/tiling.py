@@ -2,7 +2,8 @@
 
 Stage A is local: what a pixel becomes depends on no more than its surroundings (`decoder_reach`, `encoder_reach`).
 Tiles that overlap by as much give what the whole picture gives. Where a tile ends at the picture's edge, the network
-pads it as it pads the whole; elsewhere what its padding spoils is cut off.
+pads it as it pads the whole; elsewhere what its padding spoils is cut off. If a tile is too large after all, smaller
+ones take its place.
 
 Stage B's convolutions and norms run over the whole picture; only its attention, whose time grows with the fourth power
 of the sides, looks no farther than a window around each position (`attention_window`). Its deepest level always attends
@@ -14,6 +15,7 @@ to the whole picture.
 from collections.abc import Callable, Iterator
 from itertools import product
 
+import torch
 from torch import Tensor
 
 from .geometry import MAX_SIDE, STAGE_A_FACTOR, WORK_STEP
@@ -24,7 +26,7 @@ from .util.memory import free_memory
 
 SMALLEST = 256  # pixels a side of what can be asked for
 TILE_MEMORY = 1 << 30  # bytes that a tile takes at most
-NUMBERS_PER_CHANNEL = 16  # that Stage A holds at a time, for every position and channel of its widest level
+NUMBERS_PER_CHANNEL = 10  # that Stage A holds at a time, for every position and channel of its widest level
 
 WINDOW = 1024  # pixels a side: the size that the released Stage B was trained at
 WHOLE = 1536  # pixels a side up to which attention sees the whole picture
@@ -52,7 +54,7 @@ def decode(stage_a: VQGAN, latent: Tensor, tile: int | None = None) -> Tensor:
     factor = _factor(stage_a.config)
     batch, _, rows, columns = latent.shape
     picture = latent.new_empty(batch, rows * factor, columns * factor, 3).permute(0, 3, 1, 2)
-    return _in_tiles(stage_a, stage_a.decode, latent, picture, (1, factor), decoder_reach(stage_a.config), tile)
+    return _in_tiles(stage_a, VQGAN.decode, latent, picture, (1, factor), decoder_reach(stage_a.config), tile)
 
 
 def encode(stage_a: VQGAN, image: Tensor, tile: int | None = None) -> Tensor:
@@ -60,7 +62,7 @@ def encode(stage_a: VQGAN, image: Tensor, tile: int | None = None) -> Tensor:
     factor = _factor(stage_a.config)
     batch, _, height, width = image.shape
     latent = image.new_empty(batch, stage_a.config.latent_channels, height // factor, width // factor)
-    return _in_tiles(stage_a, stage_a.encode, image, latent, (factor, 1), encoder_reach(stage_a.config), tile)
+    return _in_tiles(stage_a, VQGAN.encode, image, latent, (factor, 1), encoder_reach(stage_a.config), tile)
 
 
 def decoder_reach(config: StageAConfig) -> int:
@@ -89,7 +91,7 @@ def working_memory(config: StageAConfig, itemsize: int) -> int:
 
 def _in_tiles(
     stage_a: VQGAN,
-    network: Callable[[Tensor], Tensor],
+    method: Callable[[VQGAN, Tensor], Tensor],
     whole: Tensor,
     result: Tensor,
     steps: tuple[int, int],
@@ -99,35 +101,43 @@ def _in_tiles(
     """Fills `result`; `steps` are the positions of `whole` and of `result` to one of the latent, a side."""
     step_in, step_out = steps
     rows, columns = (side // step_in for side in whole.shape[2:])
-    bytes_each = working_memory(stage_a.config, whole.element_size())
+    longest, least = max(rows, columns), SMALLEST // _factor(stage_a.config)
     if tile is None:
-        side = _side(rows, columns, len(whole) * bytes_each, bytes_each, reach, free_memory(whole.device))
+        bytes_each = working_memory(stage_a.config, whole.element_size())
+        side = _fitting(rows * columns, len(whole), bytes_each, reach, free_memory(whole.device)) or longest
     else:
-        side = tile // _factor(stage_a.config) or max(rows, columns)
-    if side >= max(rows, columns):
-        return result.copy_(network(whole))
-    for picture, filled in zip(whole.split(1), result.split(1), strict=True):
-        for (top, bottom), (left, right) in product(_cuts(rows, side), _cuts(columns, side)):
-            above, before = max(0, top - reach), max(0, left - reach)
-            seen = network(
-                picture[
-                    ...,
-                    above * step_in : (bottom + reach) * step_in,
-                    before * step_in : (right + reach) * step_in,
-                ]
-            )
-            filled[..., top * step_out : bottom * step_out, left * step_out : right * step_out] = seen[
-                ...,
-                (top - above) * step_out : (bottom - above) * step_out,
-                (left - before) * step_out : (right - before) * step_out,
-            ]
-    return result
+        side = tile // _factor(stage_a.config) or longest
+
+    def fill(side: int) -> Tensor:
+        if side >= longest:
+            return result.copy_(method(stage_a, whole))
+        for picture, filled in zip(whole.split(1), result.split(1), strict=True):
+            for (top, bottom), (left, right) in product(_cuts(rows, side), _cuts(columns, side)):
+                above, before = max(0, top - reach), max(0, left - reach)
+                around = _part(picture, step_in, above, bottom + reach, before, right + reach)
+                found = method(stage_a, around)
+                own = _part(found, step_out, top - above, bottom - above, left - before, right - before)
+                _part(filled, step_out, top, bottom, left, right).copy_(own)
+        return result
+
+    while True:
+        try:
+            return fill(side)
+        except torch.OutOfMemoryError:
+            if side <= least:
+                raise
+        side = max(least, min(side, longest) // 2)
 
 
-def _side(rows: int, columns: int, bytes_whole: int, bytes_each: int, reach: int, free: int | None) -> int:
-    """The whole if half of the free memory holds it; else tiles that TILE_MEMORY and half of what is free hold."""
-    if free is not None and rows * columns * bytes_whole <= free // 2:
-        return max(rows, columns)
+def _part(planes: Tensor, step: int, top: int, bottom: int, left: int, right: int) -> Tensor:
+    """Of (B, C, H, W), from positions of the latent, each `step` wide."""
+    return planes[:, :, top * step : bottom * step, left * step : right * step]
+
+
+def _fitting(positions: int, pictures: int, bytes_each: int, reach: int, free: int | None) -> int | None:
+    """None if half of the free memory holds the whole; else the side of tiles that TILE_MEMORY and that half hold."""
+    if free is not None and pictures * positions * bytes_each <= free // 2:
+        return None
     most = TILE_MEMORY if free is None else min(TILE_MEMORY, free // 2)
     return max(SMALLEST // STAGE_A_FACTOR, int((most / bytes_each) ** 0.5) - 2 * reach)
 

@@ -16,7 +16,7 @@ from comfy.cli_args import LatentPreviewMethod, args
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ...wuerstchen_core import WuerstchenError
+from ...wuerstchen_core import WuerstchenError, tiling
 from ...wuerstchen_core.checkpoints.load import METADATA_KEY, header_tensor, load_network, load_previewer
 from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW
 from ...wuerstchen_core.models.stage_b import DiffNeXt
@@ -246,7 +246,7 @@ class Wuerstchen(comfy.model_base.BaseModel):
 class StageC(Wuerstchen):
     STAGE, AREA = "Stage C", 8 * 3 / 128
     SOURCES = "Würstchen Empty Latent or Würstchen Semantic Compress"
-    NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 21_000, 120_000
+    NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 17_000, 120_000
 
     def extra_conds(self, noise=None, cross_attn=None, **kwargs):
         self.check(noise, cross_attn)
@@ -261,7 +261,7 @@ class StageC(Wuerstchen):
 class StageB(Wuerstchen):
     STAGE, AREA = "Stage B", 8 / 4
     SOURCES = "Würstchen Stage B Conditioning or Würstchen VQGAN Encode"
-    NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 1_200, 210_000
+    NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 750, 210_000
 
     def extra_conds(self, noise=None, cross_attn=None, prompt_type="", **kwargs):
         text = None if cross_attn is None or cross_attn.shape[-1] == 0 else cross_attn
@@ -295,7 +295,8 @@ class StageB(Wuerstchen):
 
     def condition(self, x, dtype, text, semantic):
         size = [padded(side) for side in x.shape[-2:]]
-        return self.diffusion_model.condition(semantic.to(x.device, dtype), text, size)
+        window = tiling.attention_window(*size)
+        return self.diffusion_model.condition(semantic.to(x.device, dtype), text, size, window)
 
 
 STAGES = {

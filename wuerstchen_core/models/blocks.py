@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from .config import require
 
-
 CACHED = 1 << 18  # numbers that a CPU works on at a time: they stay in its cache
 
 

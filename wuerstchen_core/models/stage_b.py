@@ -133,7 +133,8 @@ class DiffNeXt(nn.Module):
                 resized = _with_one(to_rows(_resize(semantic, level_size)))
             for block in blocks:
                 if isinstance(block, ResBlock):
-                    shares.append(None if block.semantic is None else (resized, _affine(mapper, block.semantic, resized)))
+                    linear = block.semantic
+                    shares.append(None if linear is None else (resized, _affine(mapper, linear, resized)))
                 elif isinstance(block, AttnBlock):
                     contexts.append(None if text is None else block.condition(text))
                     whole = window is None or level == depth - 1
