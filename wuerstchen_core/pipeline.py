@@ -306,7 +306,7 @@ class Wuerstchen:
         target = torch.device(device)
         if offload and target.type == "cpu":
             raise WuerstchenError(
-                "offload keeps networks in the CPU's memory until they work on another device: give one"
+                "offload is set, but the device is the CPU, where all networks lie anyway: name another"
             )
         device = target if offload is False else torch.device("cpu")
         encoder_c = load_text_encoder(text_encoder_c, device, dtype)
