@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .config import require
 
-
 CACHED = 1 << 18  # numbers that a CPU works on at a time: they stay in its cache
 
 
@@ -63,12 +62,13 @@ class GlobalResponseNorm(nn.Module):
 
 
 def _norm(x: Tensor) -> Tensor:
-    """(B, H, W, C) -> the L2 norm over H and W of every channel, (B, 1, 1, C) in float32."""
+    """(B, H, W, C) -> the L2 norm over H and W of every channel, (B, 1, 1, C) in at least float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)
     rows = x.flatten(1, 2)  # on a CPU several times as fast: vector_norm goes through a channels-last tensor by columns
     parts = rows.split(max(1, CACHED // (x.shape[0] * x.shape[-1])), dim=1)
-    squares = torch.stack([part.float().square().sum(dim=1) for part in parts]).sum(dim=0)
+    squares = torch.stack([part.to(wide).square().sum(dim=1) for part in parts]).sum(dim=0)
     return squares.sqrt()[:, None, None]
 
 
