@@ -8,7 +8,7 @@ or a WuerstchenError says which network went beyond its precision.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,18 +33,20 @@ from .diffusion.options import MAX_CFG, STAGE_B, STAGE_C, SamplingOptions
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import MAX_STEPS, add_noise, sampling_times
 from .geometry import Geometry
+from .models.compiled import compile_networks
 from .models.previewer import Previewer
 from .models.semantic_compressor import SemanticCompressor
 from .models.stage_a import VQGAN
 from .models.stage_b import DiffNeXt
 from .models.stage_c import Prior
+from .models.text_cache import TextCache
 from .models.text_encoder import TextEncoder
 from .offload import Offload, must_offload
 from .util import checks
 from .util.errors import WuerstchenError
 from .util.notices import tell_once
 from .util.pictures import as_images
-from .util.precision import Overflow, check_finite, dtype_of, in_float32
+from .util.precision import Overflow, check_finite, dtype_of, fast_dtype, in_float32
 from .util.resampling import cover
 
 DENOISE = 0.6  # of a picture to start from, where nothing else is asked for
@@ -280,6 +282,7 @@ class Wuerstchen:
     text_encoder_b: TextEncoder | None = None
     previewer: Previewer | None = None
     offload: Offload | None = None
+    _encode: TextCache = field(default_factory=TextCache, init=False, repr=False, compare=False)
 
     @classmethod
     def from_files(
@@ -293,10 +296,11 @@ class Wuerstchen:
         text_encoder_b: str | Path | None = None,
         previewer: str | Path | None = None,
         device="cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         offload: bool | None = False,
     ) -> "Wuerstchen":
-        """One file per network.
+        """One file per network, all in `dtype`; by default in float32, but for Stage C and Stage B, which are in the
+        device's `fast_dtype`.
 
         With `offload` only the network at work is on the device; None is where the device cannot hold all of them.
 
@@ -309,6 +313,7 @@ class Wuerstchen:
                 "offload is set, but the device is the CPU, where all networks lie anyway: name another"
             )
         device = target if offload is False else torch.device("cpu")
+        fast, dtype = dtype or fast_dtype(target), dtype or torch.float32
         encoder_c = load_text_encoder(text_encoder_c, device, dtype)
         encoder_b: TextEncoder | None = encoder_c
         if text_encoder_b is None:
@@ -317,8 +322,8 @@ class Wuerstchen:
             encoder_b = load_text_encoder(text_encoder_b, device, dtype)
         model = cls(
             stage_a=load_stage_a(stage_a, device, dtype),
-            stage_b=load_stage_b(stage_b, device, dtype),
-            stage_c=load_stage_c(stage_c, device, dtype),
+            stage_b=load_stage_b(stage_b, device, fast),
+            stage_c=load_stage_c(stage_c, device, fast),
             text_encoder_c=encoder_c,
             text_encoder_b=encoder_b,
             semantic_compressor=load_semantic_compressor(semantic_compressor, device, dtype),
@@ -333,15 +338,26 @@ class Wuerstchen:
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, offload: bool | None = False
+        cls, folder: str | Path, device="cpu", dtype: torch.dtype | None = None, offload: bool | None = False
     ) -> "Wuerstchen":
         """A folder that holds the whole set under the names of `SET`."""
         return cls.from_files(**find_set(folder), device=device, dtype=dtype, offload=offload)
 
     @classmethod
-    def mini(cls, device="cpu", dtype: torch.dtype = torch.float32) -> "Wuerstchen":
+    def mini(cls, device="cpu", dtype: torch.dtype | None = None) -> "Wuerstchen":
         """The model in the repository: emoji at 256x256."""
         return cls.from_folder(MINI, device, dtype)
+
+    def compile(self) -> "Wuerstchen":
+        """The same set, whose Stages C, B and A run compiled (`torch.compile`, block by block; CUDA graphs on a GPU).
+
+        The first picture of a size, or of a batch, takes minutes longer on a CPU. Raises WuerstchenError where nothing
+        can be compiled.
+        """
+        if self.offload is not None:
+            raise WuerstchenError("compiled networks stay on the device: compile them, or offload them, not both")
+        compile_networks([self.stage_c, self.stage_b, self.stage_a])
+        return self
 
     @torch.inference_mode()
     def generate(
@@ -407,7 +423,7 @@ class Wuerstchen:
         def report(stage: str) -> Progress | None:
             return progress and (lambda step, steps, clean: progress(stage, step, steps))
 
-        text_c, text_b = self._read(prompt, negative_prompt, cfg_c != 1, cfg_b != 1)
+        text_c, text_b = self._read(prompt, negative_prompt, cfg_c != 1 and options_c.denoise > 0, cfg_b != 1)
         if image is None:
             latent = torch.zeros(batch, self.stage_c.config.latent_channels, *geometry.stage_c, device=self.device)
         else:
@@ -439,7 +455,7 @@ class Wuerstchen:
 
         def read(encoder: TextEncoder, guided: bool, then: nn.Module) -> list[Tensor]:
             with self._at_work(encoder, then):
-                return list(encoder([prompt, negative] if guided else [prompt]).split(1))
+                return list(self._encode(encoder, [prompt, negative] if guided else [prompt]).split(1))
 
         if self.text_encoder_b is self.text_encoder_c:
             both = read(self.text_encoder_c, guided_c or guided_b, self.stage_c)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.allocated import allocated
 from tests.comfyui.host import apart, load_set, noise

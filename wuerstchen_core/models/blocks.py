@@ -63,12 +63,13 @@ class GlobalResponseNorm(nn.Module):
 
 
 def _norm(x: Tensor) -> Tensor:
-    """(B, H, W, C) -> the L2 norm over H and W of every channel, (B, 1, 1, C) in float32."""
+    """(B, H, W, C) -> the L2 norm over H and W of every channel, (B, 1, 1, C) in at least float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)
     rows = x.flatten(1, 2)  # on a CPU several times as fast: vector_norm goes through a channels-last tensor by columns
     parts = rows.split(max(1, CACHED // (x.shape[0] * x.shape[-1])), dim=1)
-    squares = torch.stack([part.float().square().sum(dim=1) for part in parts]).sum(dim=0)
+    squares = torch.stack([part.to(wide).square().sum(dim=1) for part in parts]).sum(dim=0)
     return squares.sqrt()[:, None, None]
 
 
@@ -172,8 +173,8 @@ class Attention(nn.Module):
                     for own, given in zip((keys, values), context, strict=True)
                 )
             dropout = self.dropout if self.training else 0.0
-            heads = map(self._split, (query, keys, values))
-            attended = F.scaled_dot_product_attention(*heads, dropout_p=dropout)
+            query, keys, values = map(self._split, (query, keys, values))
+            attended = F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout)
             return rearrange(attended, "b heads n c -> b n (heads c)")
 
         if window is None or size is None or max(size) <= window:

@@ -50,7 +50,7 @@ class MixingBlock(nn.Module):
 
         if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
             return to_planes(mlp(x))
-        for part in x.flatten(0, 2).split(max(1, MLP_NUMBERS // widen.out_features)):  # what is four times as wide
+        for part in x.flatten(0, 2).split(max(1, MLP_NUMBERS // (4 * x.shape[-1]))):  # what is four times as wide
             mlp(part, out=part)  # stays in the processor's cache
         return to_planes(x)
 

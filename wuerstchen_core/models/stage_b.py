@@ -133,12 +133,12 @@ class DiffNeXt(nn.Module):
                 resized = _with_one(to_rows(_resize(semantic, level_size)))
             for block in blocks:
                 if isinstance(block, ResBlock):
-                    linear = block.semantic
-                    shares.append(None if linear is None else (resized, _affine(mapper, linear, resized)))
+                    semantic_part = block.semantic
+                    shares.append(semantic_part and (resized, _affine(mapper, semantic_part, semantic)))
                 elif isinstance(block, AttnBlock):
                     contexts.append(None if text is None else block.condition(text))
-                    whole = window is None or level == depth - 1
-                    windows.append(None if whole else max(2, window // (self.config.patch << level)))
+                    near = window and level < depth - 1 and max(2, window // (self.config.patch << level))
+                    windows.append(near or None)
         return StageBCondition(shares, contexts, windows)
 
     def modulate(self, t: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -202,9 +202,13 @@ def _resize(semantic: Tensor, size: list[int]) -> Tensor:
 
 
 def _with_one(rows: Tensor) -> Tensor:
-    """(B, h, w, C) -> (B, h, w, K): a channel of ones behind it, and zeros up to the next multiple of 8, which matrix
-    units need."""
-    return F.pad(F.pad(rows, (0, 1), value=1.0), (0, -(rows.shape[-1] + 1) % 8))
+    """(B, h, w, C) -> (B, h, w, K): a channel of ones behind the others."""
+    return _padded(F.pad(rows, (0, 1), value=1.0))
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """Zeros behind the last dimension, up to the multiple of 8 that matrix units need."""
+    return F.pad(rows, (0, -rows.shape[-1] % 8))
 
 
 def _affine(mapper: nn.Module, linear: nn.Module, like: Tensor) -> Tensor:
@@ -213,8 +217,7 @@ def _affine(mapper: nn.Module, linear: nn.Module, like: Tensor) -> Tensor:
     It is read off their outputs for zero and for the unit vectors, so that it holds for whatever a host puts in a
     layer's place (casting, offloading, patched weights).
     """
-    channels = mapper.in_channels
+    channels = like.shape[1]
     probe = torch.cat([torch.zeros(1, channels), torch.eye(channels)]).to(like)
     image = linear(to_rows(mapper(probe[:, :, None, None])))[:, 0, 0]
-    columns = torch.cat([image[1:] - image[0], image[:1]])
-    return F.pad(columns, (0, 0, 0, like.shape[-1] - len(columns))).T.contiguous()
+    return _padded(torch.cat([image[1:] - image[0], image[:1]]).T)
