@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wuerstchen_core.mini.emoji import COLOURS, EmojiSet
-from wuerstchen_core.mini.evaluation import psnr, evaluate
+from wuerstchen_core.mini.evaluation import evaluate, psnr
 
 
 def test_psnr_is_its_formula():

@@ -33,8 +33,8 @@ def guide(model: Model, cfg: float, rescaled: float = 0.0) -> Model:
         if rescaled == 0:
             return noise
         signal = signal_at(t)
-        clean = (predict_clean(x, predicted, signal) for predicted in (noise, conditional))
-        return predict_noise(x, rescale(*clean, rescaled), signal)
+        clean = rescale(predict_clean(x, noise, signal), predict_clean(x, conditional, signal), rescaled)
+        return predict_noise(x, clean, signal)
 
     return guided
 
