@@ -47,26 +47,59 @@ def add_commands(commands) -> None:
             default = getattr(defaults, name)
             what = f"Stage {stage.upper()}: {about[name]} (default: {default:g})"
             generate.add_argument(f"--{name}-{stage}", type=type_, metavar=metavar, help=what)
-    for name, metavar in (("sampler", "NAME"), ("schedule", "NAME")):
-        what = ("Stage C: " if name == "schedule" else "") + f"{about[name]} (default: {getattr(STAGE_C, name)})"
-        generate.add_argument(f"--{name}", metavar=metavar, help=what)
+    for flag, stage, defaults, kind, metavar in (
+        ("sampler", "", STAGE_C, str, "NAME"),
+        ("schedule", "Stage C: ", STAGE_C, str, "NAME"),
+        ("schedule-b", "Stage B: ", STAGE_B, str, "NAME"),
+        ("cfg-rescale", "Stage C: ", STAGE_C, float, "SHARE"),
+    ):
+        name = flag.removesuffix("-b").replace("-", "_")
+        what = f"{stage}{about[name]} (default: {getattr(defaults, name)})"
+        generate.add_argument(f"--{flag}", type=kind, metavar=metavar, help=what)
+    low, high = STAGE_C.cfg_interval
+    generate.add_argument(
+        "--cfg-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help=f"Stage C: {about['cfg_interval']} (default: {low:g} {high:g})",
+    )
     generate.add_argument(
         "--seed", type=int, default=STAGE_C.seed, metavar="N", help=f"{about['seed']} (default: {STAGE_C.seed})"
     )
     generate.epilog = (
-        "If the set has distilled networks, as the mini has, these draw in a few steps, unless --negative, --steps-c, "
-        "--cfg-c, --steps-b, --cfg-b, --sampler, --schedule, --lora or a network from a file is given."
+        "If the set has distilled networks, as the mini has, these draw in a few steps, unless --negative, an option "
+        "of sampling (steps, cfg, sampler, schedule), --lora or a network from a file is given."
+    )
+    generate.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile Stages C, B and A first (torch.compile, which needs a C++ compiler): minutes, for faster steps",
+    )
+    generate.add_argument(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="side of Stage A's tiles and of the windows of Stage B's attention, a multiple of 64 from 256 on; 0: the "
+        "whole picture (default: Stage A as memory allows, Stage B 1024 where a side has more than 1536)",
     )
     add_model(generate)
+    generate.add_argument(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        help="only the network at work is on the device (default: where it cannot hold all)",
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:
+    import torch
     from tqdm import tqdm
 
     from ..checkpoints.lora import load_lora
     from ..models.lora import apply_loras
     from ..pipeline import DENOISE
     from ..util.pictures import read_picture
+    from ..util.precision import dtype_of, name_of
 
     check_text("the prompt", options.prompt)
     if options.negative is not None:
@@ -83,19 +116,26 @@ def _generate(options: argparse.Namespace) -> None:
         "cfg_b": options.cfg_b,
         "sampler": options.sampler,
         "schedule": options.schedule,
+        "schedule_b": options.schedule_b,
+        "cfg_interval": options.cfg_interval,
+        "cfg_rescale": options.cfg_rescale,
     }
     settings = {"width": options.width, "height": options.height, "batch_size": options.batch, "seed": options.seed}
+    if options.tile is not None:
+        settings["tile"] = options.tile
     if image is not None:
         settings["denoise"] = DENOISE if options.denoise is None else options.denoise
     chosen = [_lora(text) for text in options.lora]
     loras = [(load_lora(path), strength) for path, strength in chosen]
-    model = load_model(options)
+    model = load_model(options, options.offload)
+    if options.compile:
+        model.compile()
     if loras:
         model.distilled = {}  # it was trained for the network as it is
     sampling = model.sampling(**given)
     few = ", ".join(f"{lora.stage}: {lora.sampling['steps']} steps" for lora in sampling.distilled.values())
     if few:
-        print(f"drawn by the distilled networks ({few}); settings such as --steps-c 30 draw without", file=sys.stderr)
+        print(f"drawn by the distilled networks ({few}); settings such as --steps-c 12 draw without", file=sys.stderr)
     of_c, of_b = ([one for one in loras if one[0].stage == stage] for stage in ("Stage C", "Stage B"))
     with tqdm(unit="step", leave=False) as bar, apply_loras(model.stage_c, of_c), apply_loras(model.stage_b, of_b):
 
@@ -106,12 +146,17 @@ def _generate(options: argparse.Namespace) -> None:
             bar.update()
 
         pictures = model.generate(options.prompt, **given, **settings, image=image, progress=show)
+    stage_c, stage_b = sampling.stage_c, sampling.stage_b
     told = {"prompt": options.prompt, "negative_prompt": options.negative or "", **settings}
-    told |= {"steps_c": sampling.stage_c.steps, "cfg_c": sampling.stage_c.cfg}
-    told |= {"steps_b": sampling.stage_b.steps, "cfg_b": sampling.stage_b.cfg}
-    told |= {"sampler": sampling.stage_c.sampler, "schedule": sampling.stage_c.schedule, "device": options.device}
+    told |= {"steps_c": stage_c.steps, "cfg_c": stage_c.cfg, "steps_b": stage_b.steps, "cfg_b": stage_b.cfg}
+    told |= {"sampler": stage_c.sampler, "schedule": stage_c.schedule, "schedule_b": stage_b.schedule}
+    told |= {"cfg_interval": stage_c.cfg_interval, "cfg_rescale": stage_c.cfg_rescale, "device": options.device}
+    if stage_b.sampler != stage_c.sampler:
+        told["sampler_b"] = stage_b.sampler
     if few:
         told["distilled"] = few
+    if dtype_of(model.stage_c) != torch.float32:
+        told["dtype"] = name_of(dtype_of(model.stage_c))
     told["model"] = "mini" if options.model is None else options.model.absolute().name
     if options.image is not None:
         told["image"] = options.image.name

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.load import load_semantic_compressor, load_stage_a, load_stage_b
 from ...checkpoints.sets import SET
+from ...diffusion.options import STAGE_B
 from ...geometry import Geometry
 from ...models.latent_space import LatentSpace
 from ...models.semantic_compressor import SemanticCompressor, SemanticCompressorConfig
@@ -164,7 +165,7 @@ class StageBTask(Task):
     The semantic latent comes from the compressor, which is frozen or learns with it (`options.train_compressor`).
     """
 
-    sampler = "ddpm"  # of the samples
+    sampler = STAGE_B.sampler  # of the samples
 
     def __init__(
         self,

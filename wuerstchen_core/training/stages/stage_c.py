@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...checkpoints.load import load_semantic_compressor, load_stage_a, load_stage_b, load_stage_c, load_text_encoder
 from ...checkpoints.sets import SET
+from ...diffusion.options import STAGE_C
 from ...geometry import Geometry
 from ...models.semantic_compressor import SemanticCompressor
 from ...models.stage_c import Prior, StageCConfig
@@ -133,7 +134,7 @@ class StageCTask(Task):
 
     reads_captions = True
     frozen: tuple[TextEncoder, SemanticCompressor]
-    sampler = "ddpm"  # of the samples
+    sampler = STAGE_C.sampler  # of the samples
 
     def __init__(
         self, network: Prior, encoder: TextEncoder, compressor: SemanticCompressor, options: Options, size: int
