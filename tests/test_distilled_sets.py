@@ -60,8 +60,9 @@ def test_without_settings_the_distilled_networks_draw_and_all_stays_as_it_was(fo
 
 @pytest.mark.parametrize(
     "given",
-    [{"steps_c": 30}, {"cfg_c": 4.0}, {"steps_b": 12}, {"cfg_b": 1.0}, {"sampler": "ddpm"}, {"schedule": "even"},
-     {"negative_prompt": ""}],
+    [{"steps_c": STAGE_C.steps}, {"cfg_c": STAGE_C.cfg}, {"steps_b": STAGE_B.steps}, {"cfg_b": STAGE_B.cfg},
+     {"sampler": STAGE_C.sampler}, {"schedule": STAGE_C.schedule}, {"schedule_b": STAGE_B.schedule},
+     {"cfg_interval": (0.0, 1.0)}, {"cfg_rescale": 0.0}, {"negative_prompt": ""}],
 )  # fmt: skip
 def test_any_setting_is_followed_by_the_networks_as_they_are(folder, tiny, given):
     pipe = w.Wuerstchen.from_folder(folder)
