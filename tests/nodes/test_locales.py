@@ -37,8 +37,6 @@ def test_every_node_input_option_and_output_is_translated_and_nothing_else(nodes
             expected |= {f"outputs {place} name", f"outputs {place} tooltip"}
         for given in schema.inputs:
             expected |= {f"inputs {given.id} name", f"inputs {given.id} tooltip"}
-            if getattr(given, "control_after_generate", None):  # a widget that the page adds
-                expected |= {"inputs control_after_generate name", "inputs control_after_generate tooltip"}
             if given.get_io_type() == "COMBO":
                 options = FROM_FOLDERS.get(given.id, set(given.options))
                 assert options <= set(given.options), (node_id, given.id)
@@ -49,8 +47,7 @@ def test_every_node_input_option_and_output_is_translated_and_nothing_else(nodes
 
 def test_inputs_are_in_the_schema_s_order(nodes):
     for node_id, node in nodes.items():
-        ids = [given.id for given in node.define_schema().inputs]
-        assert [key for key in ZH[node_id]["inputs"] if key != "control_after_generate"] == ids
+        assert list(ZH[node_id]["inputs"]) == [given.id for given in node.define_schema().inputs]
 
 
 def test_names_are_unique_within_a_node_and_among_nodes():
