@@ -25,7 +25,8 @@ def conditioned(latent: dict, positive: list | None, negative: list | None, node
     if negative is None:
         negative = [[torch.zeros_like(positive[0][0]), {}]]
     positive = [[text, {**more, latents.SEMANTIC: samples}] for text, more in positive]
-    empty = latents.pack(torch.zeros(len(samples), StageBConfig().latent_channels, *work.stage_a), geometry)
+    start = torch.zeros(len(samples), StageBConfig().latent_channels, *work.stage_a)
+    empty = latents.pack(latents.numbered(start), geometry)
     if "batch_index" in latent:
         empty["batch_index"] = latent["batch_index"]
     return positive, negative, empty

@@ -1,11 +1,13 @@
 """Pictures of the small latent while it is being sampled, by a previewer."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.model_management as management
 import comfy.utils
 import torch
 from comfy.cli_args import args
+from comfy.latent_formats import LatentFormat
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
 from torch import Tensor
@@ -13,6 +15,8 @@ from torch import Tensor
 from ...wuerstchen_core.checkpoints.load import load_previewer
 from ...wuerstchen_core.pipeline import preview
 from ...wuerstchen_core.util.finite import is_finite
+
+FLAT = 16  # pixels a side of a picture of a single colour
 
 
 class Previewer:
@@ -38,6 +42,19 @@ class Previewer:
         [picture] = preview(self.network, latent.to(device), torch.float32)
         pixels = (picture * 255).round().byte().cpu().numpy()
         return "JPEG", Image.fromarray(pixels), args.preview_size
+
+
+def show_latents(latent_format: LatentFormat, encode: Callable[[Tensor], Tensor]) -> None:
+    """Lets samplers show latents of Stage B, one colour a position: the affine map that fits best what Stage A's
+    `encode` (IMAGE -> raw latents) makes of pictures of a single colour."""
+    colours = torch.cartesian_prod(*3 * [torch.linspace(0, 1, 4)])
+    latents = encode(colours[:, None, None].expand(-1, FLAT, FLAT, -1))
+    latents = latent_format.process_in(latents).float().cpu().mean(dim=(2, 3))
+    if not is_finite(latents):
+        return  # nor will its pictures be, and decoding says so
+    known = torch.cat([latents, torch.ones(len(latents), 1)], dim=1)
+    *factors, bias = torch.linalg.lstsq(known, 2 * colours - 1).solution.tolist()
+    latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias = factors, bias
 
 
 def with_previews(callback, previewer: Previewer, steps: int):

@@ -25,6 +25,13 @@ from ...wuerstchen_core.models.stage_a import VQGAN
 from ...wuerstchen_core.pipeline import compress
 
 
+class WholePatcher(ModelPatcher):
+    """Loads all of a network or none of it, with `--novram` as well, under which ComfyUI would load none."""
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
+
+
 class VAE(comfy.sd.VAE):
     """A network with `encode` and `decode`. It is never loaded in part: BatchNorm and gammas cannot cast themselves."""
 
@@ -46,7 +53,7 @@ class VAE(comfy.sd.VAE):
         self.disable_offload = True
         self.device, self.vae_dtype = management.vae_device(), dtype
         self.output_device = management.intermediate_device()
-        self.patcher = ModelPatcher(network, self.device, management.vae_offload_device())
+        self.patcher = WholePatcher(network, self.device, management.vae_offload_device())
 
     def decode(self, samples_in, *more, **options):
         self._check(samples_in)
@@ -57,10 +64,18 @@ class VAE(comfy.sd.VAE):
         return super().decode_tiled(samples, *more, **options)
 
     def encode(self, pixel_samples):
-        return super().encode(pixel_samples[..., :3])
+        return super().encode(self._colours(pixel_samples))
 
     def encode_tiled(self, pixel_samples, *more, **options):
-        return super().encode_tiled(pixel_samples[..., :3], *more, **options)
+        return super().encode_tiled(self._colours(pixel_samples), *more, **options)
+
+    def _colours(self, pixels: Tensor) -> Tensor:
+        if min(pixels.shape[1:3]) < STEP:
+            raise WuerstchenError(
+                f"{self.NAME}: this image is {pixels.shape[2]}x{pixels.shape[1]} pixels, at least {STEP}x{STEP} are "
+                "needed"
+            )
+        return pixels[..., :3]
 
     def _check(self, samples: Tensor) -> None:
         if samples.dim() != 4 or samples.shape[1] != self.latent_channels:
