@@ -74,6 +74,7 @@ def test_tables_list_the_inputs_with_their_types_and_defaults(nodes, locale):
         expected = []
         for given in node.define_schema().inputs:
             default = getattr(given, "default", None)
+            default = str(default).lower() if isinstance(default, bool) else default
             kind = [given.get_io_type()] + [str(default)] * (default not in (None, "")) + [optional] * given.optional
             chinese = ZH[node_id]["inputs"][given.id]["name"]
             name = given.id if locale == "en" or chinese == given.id else f"{chinese}<br>{given.id}"

@@ -7,7 +7,8 @@ from tests.nodes.inputs import ROOT
 
 FOLDER = ROOT / "locales" / "zh"
 ZH = json.loads((FOLDER / "nodeDefs.json").read_text(encoding="utf-8"))
-FROM_FOLDERS = {"file": set(), "model": {"mini"}, "previewer": {"none: one colour a position"}}  # and files by name
+FROM_FOLDERS = ("file", "model", "previewer")  # files by name, and what begins with a word of ours
+OURS = ("mini", "none")
 
 
 def texts(found, path=()):
@@ -38,8 +39,7 @@ def test_every_node_input_option_and_output_is_translated_and_nothing_else(nodes
         for given in schema.inputs:
             expected |= {f"inputs {given.id} name", f"inputs {given.id} tooltip"}
             if given.get_io_type() == "COMBO":
-                options = FROM_FOLDERS.get(given.id, set(given.options))
-                assert options <= set(given.options), (node_id, given.id)
+                options = [o for o in given.options if given.id not in FROM_FOLDERS or o.split(":")[0] in OURS]
                 expected |= {f"inputs {given.id} options {option}" for option in options}
         found = {" ".join(path) for path, _ in texts(zh)} | {"inputs", "outputs"}
         assert found == expected, node_id
@@ -81,3 +81,17 @@ def test_every_category_has_its_chinese_name(nodes):
     main = json.loads((FOLDER / "main.json").read_text(encoding="utf-8"))
     categories = {part for node in nodes.values() for part in node.define_schema().category.split("/")}
     assert main == {"nodeCategories": dict.fromkeys(categories, "Würstchen")}
+
+
+def test_the_chinese_readme_names_every_node_and_template_and_links_to_what_exists(nodes):
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+    for node_id, node in nodes.items():
+        assert f"\n| {ZH[node_id]['display_name']} | {node.define_schema().display_name} | " in chinese
+    for workflow in (ROOT / "workflows").glob("*.json"):
+        assert f"| `{workflow.stem}` |" in chinese
+    headings = re.findall(r"^#+ (.+)$", english, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"README\.md#([\w-]+)", chinese)) <= anchors
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", chinese):
+        assert (ROOT / link).exists(), link
+    assert "](README.zh.md)" in english.split("\n## ")[0] and "](README.md)" in chinese.split("\n## ")[0]
