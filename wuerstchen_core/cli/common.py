@@ -76,6 +76,11 @@ def check_png(path: Path) -> None:
     """Raises WuerstchenError where no picture can be written to `path`, so that it is known before one is drawn."""
     if path.suffix.lower() != ".png":
         raise WuerstchenError(f"{path}: pictures are written as PNG, so the name must end in .png")
+    check_file(path)
+
+
+def check_file(path: Path) -> None:
+    """Raises WuerstchenError where no file can be written to `path`."""
     if not path.absolute().parent.is_dir():
         raise WuerstchenError(f"{path.parent}: there is no such folder")
     if path.exists() and not path.is_file():
@@ -85,4 +90,4 @@ def check_png(path: Path) -> None:
         beside.touch()
         beside.unlink()
     except OSError as error:
-        raise WuerstchenError(f"{path}: no picture can be written there ({error.strerror})") from error
+        raise WuerstchenError(f"{path}: nothing can be written there ({error.strerror})") from error
