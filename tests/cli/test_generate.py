@@ -42,6 +42,18 @@ def test_a_picture_is_what_generate_returns_and_carries_how_it_was_made(generate
     assert told == {"prompt": "a pizza, 🍕", **again, "device": "cpu", "model": tiny_folder.name}
 
 
+def test_windows_of_attention_can_be_set(generate, tiny):
+    size = ["--width", "512", "--height", "320"]
+    pictures = []
+    for tile in (0, 256):
+        assert generate("a cat", "-o", "p.png", "--tile", str(tile), *size) == 0
+        assert settings_of("p.png")["tile"] == tile
+        pictures.append(np.array(Image.open("p.png")))
+        expected = tiny.generate("a cat", width=512, height=320, tile=tile, steps_c=2, steps_b=2)[0]
+        assert np.array_equal(pictures[-1], (expected * 255).round().byte().numpy())
+    assert not np.array_equal(*pictures)
+
+
 def test_a_batch_is_numbered(generate, capsys):
     assert generate("a cat", "-o", "cat.png", "--batch", "2") == 0
     assert capsys.readouterr().out == "cat-1.png\ncat-2.png\n"
@@ -148,6 +160,9 @@ def test_other_commands_take_single_networks_too(tiny_folder, others, capsys):
         (["--negative", "caf\udce9"], "--negative is not UTF-8"),
         (["--lora", "text.png:inf"], "text.png"),
         (["-o", "x" * 240 + ".png"], "no picture can be written"),
+        (["--tile", "300"], "tile is 300"),
+        (["--tile", "64"], "tile is 64"),
+        (["--offload"], "offload is set, but the device is the CPU"),
         (["--device", "toaster"], "toaster"),
         (["--device", "meta"], "device 'meta'"),
         (["--stage-c", "none.safetensors"], "none.safetensors: there is no such file"),

@@ -50,16 +50,35 @@ def add_commands(commands) -> None:
         default = getattr(STAGE_C, name)
         what = ("Stage C: " if name == "schedule" else "") + f"{about[name]} (default: {default})"
         generate.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=what)
+    generate.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile Stages C, B and A first (torch.compile, which needs a C++ compiler): minutes, for faster steps",
+    )
+    generate.add_argument(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="side of Stage A's tiles and of the windows of Stage B's attention, a multiple of 64 from 256 on; 0: the "
+        "whole picture (default: Stage A as memory allows, Stage B 1024 where a side has more than 1536)",
+    )
     add_model(generate)
+    generate.add_argument(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        help="only the network at work is on the device (default: where it cannot hold all)",
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:
+    import torch
     from tqdm import tqdm
 
     from ..checkpoints.lora import load_lora
     from ..models.lora import apply_loras
     from ..pipeline import DENOISE
     from ..util.pictures import read_picture
+    from ..util.precision import dtype_of, name_of
 
     check_text("the prompt", options.prompt)
     check_text("--negative", options.negative)
@@ -80,11 +99,15 @@ def _generate(options: argparse.Namespace) -> None:
         "sampler": options.sampler,
         "schedule": options.schedule,
     }
+    if options.tile is not None:
+        settings["tile"] = options.tile
     if image is not None:
         settings["denoise"] = DENOISE if options.denoise is None else options.denoise
     chosen = [_lora(text) for text in options.lora]
     loras = [(load_lora(path), strength) for path, strength in chosen]
-    model = load_model(options)
+    model = load_model(options, options.offload)
+    if options.compile:
+        model.compile()
     with tqdm(unit="step", leave=False) as bar, apply_loras(model.stage_c, loras):
 
         def show(stage: str, step: int, steps: int) -> None:
@@ -95,6 +118,8 @@ def _generate(options: argparse.Namespace) -> None:
 
         pictures = model.generate(options.prompt, **settings, image=image, progress=show)
     told = {"prompt": options.prompt, **settings, "device": options.device}
+    if dtype_of(model.stage_c) != torch.float32:
+        told["dtype"] = name_of(dtype_of(model.stage_c))
     told["model"] = "mini" if options.model is None else options.model.absolute().name
     if options.image is not None:
         told["image"] = options.image.name
