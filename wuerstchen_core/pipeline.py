@@ -26,7 +26,7 @@ from .checkpoints.load import (
     load_text_encoder,
 )
 from .checkpoints.sets import MINI, find_set
-from .diffusion.guidance import guide, keep_outside, prepare
+from .diffusion.guidance import guide, keep_outside, prepare, within
 from .diffusion.inputs import check_latent, checked_mask, join_texts, shape_text
 from .diffusion.noise import noise_source
 from .diffusion.options import MAX_CFG, STAGE_B, STAGE_C, SamplingOptions
@@ -99,7 +99,11 @@ def sample_stage_c(
     dtype = dtype or dtype_of(stage_c)
     check_latent("Stage C", latent, stage_c.config.latent_channels)
     texts = join_texts("Stage C", stage_c.config.text_width, latent.shape[0], text, negative, options.cfg != 1)
-    condition = stage_c.condition(texts.to(latent.device, dtype))
+    texts = texts.to(latent.device, dtype)
+
+    def condition(rows: slice):
+        return stage_c.condition(texts[rows])
+
     sampled = _sample("Stage C", stage_c, condition, latent, options, mask, batch_index, dtype, progress)
     return check_finite(sampled, "Stage C", dtype)
 
@@ -158,8 +162,10 @@ def sample_stage_b(
         texts = join_texts("Stage B", config.text_width, batch, text, negative, guided).to(device)
 
     def run(dtype: torch.dtype) -> Tensor:
-        given = None if texts is None else texts.to(dtype)
-        condition = stage_b.condition(features.to(dtype), given, latent.shape[-2:], window)
+        def condition(rows: slice):
+            given = None if texts is None else texts[rows].to(dtype)
+            return stage_b.condition(features[rows].to(dtype), given, latent.shape[-2:], window)
+
         return _sample("Stage B", stage_b, condition, latent, options, mask, batch_index, dtype, progress)
 
     try:
@@ -182,9 +188,13 @@ def _sample(
     times = sampling_times(options.steps, options.schedule, options.denoise)
     if times[0] == 0:
         return latent
-    model = prepare(network, condition, times, latent.device, dtype)
+    model = prepare(network, condition(slice(None)), times, latent.device, dtype)
     if options.cfg != 1:
-        model = guide(model, options.cfg)
+        model = guide(model, options.cfg, options.cfg_rescale)
+        low, high = options.cfg_interval
+        if not all(low <= t <= high for t in times[:-1]):
+            alone = prepare(network, condition(slice(len(latent))), times, latent.device, dtype)
+            model = within(options.cfg_interval, model, alone)
     noise = draw()
     start = noise if times[0] == 1 else add_noise(latent, noise, times[0])
     if mask is not None:
@@ -375,6 +385,9 @@ class Wuerstchen:
         cfg_b: float = STAGE_B.cfg,
         sampler: str = STAGE_C.sampler,
         schedule: str = STAGE_C.schedule,
+        schedule_b: str = STAGE_B.schedule,
+        cfg_interval: tuple[float, float] = STAGE_C.cfg_interval,
+        cfg_rescale: float = STAGE_C.cfg_rescale,
         image=None,
         denoise: float | None = None,
         tile: int | None = None,
@@ -387,7 +400,11 @@ class Wuerstchen:
             width, height: pixels, multiples of 8.
             batch_size: how many pictures; by default as many as `image` has, or one.
             cfg_c, cfg_b: strength of the guidance; 1 is off.
-            schedule: Stage C's.
+            sampler: of both stages.
+            schedule, schedule_b: where each stage's steps lie.
+            cfg_interval: the times, from 0 (picture) to 1 (noise), between which Stage C is guided; without guidance a
+                step is twice as fast.
+            cfg_rescale: against colours that Stage C's guidance makes too strong, 0 (off) to 1.
             image: what `as_images` takes: a tensor or array (H, W, C) or (B, H, W, C), or a PIL image; scaled to cover
                 the size asked for, and its middle used. Fewer than batch_size are used in turn.
             denoise: with an image, how much of it Stage C redraws: 0 (a variation: Stage B draws it anew) to 1 (all),
@@ -417,8 +434,8 @@ class Wuerstchen:
         batch = checks.whole_number("batch_size", count if batch_size is None else batch_size, 1, MAX_BATCH)
         if batch % count:
             raise WuerstchenError(f"batch_size is {batch}, but image holds {count} pictures: leave batch_size out")
-        options_c = _options("c", steps_c, cfg_c, sampler, schedule, denoise, seed)
-        options_b = _options("b", steps_b, cfg_b, sampler, STAGE_B.schedule, STAGE_B.denoise, seed)
+        options_c = _options("c", steps_c, cfg_c, sampler, schedule, denoise, seed, cfg_interval, cfg_rescale)
+        options_b = _options("b", steps_b, cfg_b, sampler, schedule_b, STAGE_B.denoise, seed)
 
         def report(stage: str) -> Progress | None:
             return progress and (lambda step, steps, clean: progress(stage, step, steps))
@@ -464,8 +481,8 @@ class Wuerstchen:
         return read(self.text_encoder_c, guided_c, self.stage_c), text_b
 
 
-def _options(stage: str, steps, cfg, sampler, schedule, denoise, seed) -> SamplingOptions:
+def _options(stage: str, steps, cfg, *others) -> SamplingOptions:
     """Of a stage, "c" or "b", whose own options carry its letter in `Wuerstchen.generate`."""
     checks.whole_number(f"steps_{stage}", steps, 1, MAX_STEPS)
     checks.real_number(f"cfg_{stage}", cfg, -MAX_CFG, MAX_CFG)
-    return SamplingOptions(steps, cfg, sampler, schedule, denoise, seed)
+    return SamplingOptions(steps, cfg, *others)

@@ -46,10 +46,26 @@ def add_commands(commands) -> None:
             default = getattr(defaults, name)
             what = f"Stage {stage.upper()}: {about[name]} (default: {default:g})"
             generate.add_argument(f"--{name}-{stage}", type=type_, default=default, metavar=metavar, help=what)
-    for name, kind, metavar in (("seed", int, "N"), ("sampler", str, "NAME"), ("schedule", str, "NAME")):
-        default = getattr(STAGE_C, name)
-        what = ("Stage C: " if name == "schedule" else "") + f"{about[name]} (default: {default})"
-        generate.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=what)
+    for flag, stage, defaults, kind, metavar in (
+        ("seed", "", STAGE_C, int, "N"),
+        ("sampler", "", STAGE_C, str, "NAME"),
+        ("schedule", "Stage C: ", STAGE_C, str, "NAME"),
+        ("schedule-b", "Stage B: ", STAGE_B, str, "NAME"),
+        ("cfg-rescale", "Stage C: ", STAGE_C, float, "SHARE"),
+    ):
+        name = flag.removesuffix("-b").replace("-", "_")
+        default = getattr(defaults, name)
+        what = f"{stage}{about[name]} (default: {default})"
+        generate.add_argument(f"--{flag}", type=kind, default=default, metavar=metavar, help=what)
+    low, high = STAGE_C.cfg_interval
+    generate.add_argument(
+        "--cfg-interval",
+        type=float,
+        nargs=2,
+        default=STAGE_C.cfg_interval,
+        metavar=("LOW", "HIGH"),
+        help=f"Stage C: {about['cfg_interval']} (default: {low:g} {high:g})",
+    )
     generate.add_argument(
         "--compile",
         action="store_true",
@@ -98,6 +114,9 @@ def _generate(options: argparse.Namespace) -> None:
         "cfg_b": options.cfg_b,
         "sampler": options.sampler,
         "schedule": options.schedule,
+        "schedule_b": options.schedule_b,
+        "cfg_interval": options.cfg_interval,
+        "cfg_rescale": options.cfg_rescale,
     }
     if options.tile is not None:
         settings["tile"] = options.tile
