@@ -2,7 +2,7 @@ import torch
 from comfy_api.latest import io
 
 from ..wuerstchen_core import WuerstchenError
-from ..wuerstchen_core.diffusion.options import SamplingOptions
+from ..wuerstchen_core.diffusion.options import STAGE_C, SamplingOptions
 from ..wuerstchen_core.models.stage_c import StageCConfig
 from . import host, latents, sockets
 
@@ -54,18 +54,33 @@ class WuerstchenStageCSampler(io.ComfyNode):
                 ),
                 sockets.seed_input("The same seed gives the same picture."),
                 *sockets.sampling_inputs(
-                    30,
-                    4.0,
+                    STAGE_C,
                     "How closely the prompt is followed. 1 turns guidance off: faster, and without the negative.",
                 ),
-                sockets.schedule_input(),
+                sockets.schedule_input(STAGE_C.schedule),
                 sockets.denoise_input(),
+                *sockets.guidance_inputs(),
             ],
             outputs=[io.Latent.Output(tooltip="For Würstchen Stage B Sampler or Würstchen Stage B Conditioning.")],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent, seed, steps, cfg, sampler, schedule, denoise) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        latent,
+        seed,
+        steps,
+        cfg,
+        sampler,
+        schedule,
+        denoise,
+        cfg_interval_low=STAGE_C.cfg_interval[0],
+        cfg_interval_high=STAGE_C.cfg_interval[1],
+        cfg_rescale=STAGE_C.cfg_rescale,
+    ) -> io.NodeOutput:
         node = "Würstchen Stage C Sampler"
         host.models.require(model, "stage_c", node)
         sources = "Würstchen Empty Latent or Würstchen Semantic Compress"
@@ -76,7 +91,9 @@ class WuerstchenStageCSampler(io.ComfyNode):
             positive,
             negative,
             samples,
-            SamplingOptions(steps, cfg, sampler, schedule, denoise, seed),
+            SamplingOptions(
+                steps, cfg, sampler, schedule, denoise, seed, (cfg_interval_low, cfg_interval_high), cfg_rescale
+            ),
             mask=latents.mask_of(latent, geometry),
             batch_index=latent.get("batch_index"),
         )

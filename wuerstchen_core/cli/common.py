@@ -47,7 +47,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(options: argparse.Namespace):
+def load_model(options: argparse.Namespace, offload: bool | None = False):
     import torch
 
     from ..checkpoints.sets import MINI, find_set
@@ -56,7 +56,7 @@ def load_model(options: argparse.Namespace):
     check_device(options.device)
     paths: dict[str, Any] = find_set(MINI if options.model is None else options.model, given_networks(options))
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    return Wuerstchen.from_files(**paths, device=options.device, dtype=dtype)
+    return Wuerstchen.from_files(**paths, device=options.device, dtype=dtype, offload=offload)
 
 
 def given_networks(options: argparse.Namespace) -> dict[str, Path]:
@@ -85,6 +85,11 @@ def check_png(path: Path) -> None:
     """Raises WuerstchenError where no picture can be written to `path`, so that it is known before one is drawn."""
     if path.suffix.lower() != ".png":
         raise WuerstchenError(f"{path}: pictures are written as PNG, so the name must end in .png")
+    check_file(path)
+
+
+def check_file(path: Path) -> None:
+    """Raises WuerstchenError where no file can be written to `path`."""
     if not path.absolute().parent.is_dir():
         raise WuerstchenError(f"{path.parent}: there is no such folder")
     if path.exists() and not path.is_file():
@@ -94,4 +99,4 @@ def check_png(path: Path) -> None:
         beside.touch()
         beside.unlink()
     except OSError as error:
-        raise WuerstchenError(f"{path}: no picture can be written there ({error.strerror})") from error
+        raise WuerstchenError(f"{path}: nothing can be written there ({error.strerror})") from error

@@ -46,16 +46,44 @@ def add_commands(commands) -> None:
             default = getattr(defaults, name)
             what = f"Stage {stage.upper()}: {about[name]} (default: {default:g})"
             generate.add_argument(f"--{name}-{stage}", type=type_, default=default, metavar=metavar, help=what)
-    for name, kind, metavar in (("seed", int, "N"), ("sampler", str, "NAME"), ("schedule", str, "NAME")):
-        default = getattr(STAGE_C, name)
-        what = ("Stage C: " if name == "schedule" else "") + f"{about[name]} (default: {default})"
-        generate.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=what)
+    for flag, stage, defaults, kind, metavar in (
+        ("seed", "", STAGE_C, int, "N"),
+        ("sampler", "", STAGE_C, str, "NAME"),
+        ("schedule", "Stage C: ", STAGE_C, str, "NAME"),
+        ("schedule-b", "Stage B: ", STAGE_B, str, "NAME"),
+        ("cfg-rescale", "Stage C: ", STAGE_C, float, "SHARE"),
+    ):
+        name = flag.removesuffix("-b").replace("-", "_")
+        default = getattr(defaults, name)
+        what = f"{stage}{about[name]} (default: {default})"
+        generate.add_argument(f"--{flag}", type=kind, default=default, metavar=metavar, help=what)
+    low, high = STAGE_C.cfg_interval
+    generate.add_argument(
+        "--cfg-interval",
+        type=float,
+        nargs=2,
+        default=STAGE_C.cfg_interval,
+        metavar=("LOW", "HIGH"),
+        help=f"Stage C: {about['cfg_interval']} (default: {low:g} {high:g})",
+    )
     generate.add_argument(
         "--compile",
         action="store_true",
         help="compile Stages C, B and A first (torch.compile, which needs a C++ compiler): minutes, for faster steps",
     )
+    generate.add_argument(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="side of Stage A's tiles and of the windows of Stage B's attention, a multiple of 64 from 256 on; 0: the "
+        "whole picture (default: Stage A as memory allows, Stage B 1024 where a side has more than 1536)",
+    )
     add_model(generate)
+    generate.add_argument(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        help="only the network at work is on the device (default: where it cannot hold all)",
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -86,12 +114,17 @@ def _generate(options: argparse.Namespace) -> None:
         "cfg_b": options.cfg_b,
         "sampler": options.sampler,
         "schedule": options.schedule,
+        "schedule_b": options.schedule_b,
+        "cfg_interval": options.cfg_interval,
+        "cfg_rescale": options.cfg_rescale,
     }
+    if options.tile is not None:
+        settings["tile"] = options.tile
     if image is not None:
         settings["denoise"] = DENOISE if options.denoise is None else options.denoise
     chosen = [_lora(text) for text in options.lora]
     loras = [(load_lora(path), strength) for path, strength in chosen]
-    model = load_model(options)
+    model = load_model(options, options.offload)
     if options.compile:
         model.compile()
     with tqdm(unit="step", leave=False) as bar, apply_loras(model.stage_c, loras):

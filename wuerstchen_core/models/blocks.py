@@ -9,6 +9,7 @@ others is worked on in place.
 """
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -95,14 +96,14 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None = None, share: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x (B, C, H, W), skip (B, skip, H, W), share: (B, H, W, K) and a matrix (4C, K) that takes it to the semantic
         part of the first Linear."""
-        widen, _, response, dropout, narrow = self.channelwise
+        widen, activation, response, dropout, narrow = self.channelwise
         h = self.norm(self.depthwise(x))
         if skip is not None:
             h = torch.cat([h, skip], dim=1)
         h = widen(to_rows(h))
         if share is not None:
             h = _add_product(h, *share)
-        return x + to_planes(narrow(dropout(response(gelu(h)))))
+        return x + to_planes(narrow(dropout(response(gelu(activation, h)))))
 
 
 def _add_product(h: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
@@ -113,9 +114,9 @@ def _add_product(h: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
     return h.flatten(0, 2).addmm_(rows.to(h.dtype), matrix.T.to(h.dtype)).view(h.shape)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The exact GELU; without a gradient, in place."""
-    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+def gelu(module: nn.Module, x: Tensor) -> Tensor:
+    """The module's exact GELU; without a gradient, in place."""
+    return module(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
 
 
 class TimestepBlock(nn.Module):
@@ -152,18 +153,33 @@ class Attention(nn.Module):
         """(B, L, C) -> keys and values of all heads, (B, L, C)"""
         return self.to_k(tokens), self.to_v(tokens)
 
-    def forward(self, tokens: Tensor, context: tuple[Tensor, Tensor] | None) -> Tensor:
-        """tokens (B, N, C) attend to themselves and to the context's keys and values."""
-        keys, values = self.keys_values(tokens)
-        if context is not None:
-            keys, values = (
-                torch.cat([own, given.expand(own.shape[0], -1, -1)], dim=1)
-                for own, given in zip((keys, values), context, strict=True)
-            )
-        query, keys, values = map(self._split, (self.to_q(tokens), keys, values))
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout)
-        return self.to_out[0](rearrange(attended, "b heads n c -> b n (heads c)"))
+    def forward(
+        self,
+        tokens: Tensor,
+        context: tuple[Tensor, Tensor] | None,
+        size: tuple[int, int] | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """tokens (B, N, C) attend to themselves and to the context's keys and values.
+
+        With a window, tokens that are the `size` (rows, columns) of a picture see a square of this side around them.
+        """
+        query, (keys, values) = self.to_q(tokens), self.keys_values(tokens)
+
+        def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            if context is not None:
+                keys, values = (
+                    torch.cat([own, given.repeat(len(own) // len(given), 1, 1)], dim=1)
+                    for own, given in zip((keys, values), context, strict=True)
+                )
+            dropout = self.dropout if self.training else 0.0
+            query, keys, values = map(self._split, (query, keys, values))
+            attended = F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout)
+            return rearrange(attended, "b heads n c -> b n (heads c)")
+
+        if window is None or size is None or max(size) <= window:
+            return self.to_out[0](attend(query, keys, values))
+        return self.to_out[0](in_windows(attend, query, keys, values, size, window))
 
     def _split(self, tokens: Tensor) -> Tensor:
         return rearrange(tokens, "b n (heads c) -> b heads n c", heads=self.heads)
@@ -182,11 +198,49 @@ class AttnBlock(nn.Module):
         """(B, L, text_width) -> the text's keys and values"""
         return self.attention.keys_values(self.kv_mapper(text))
 
-    def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, context: tuple[Tensor, Tensor] | None, window: int | None = None) -> Tensor:
+        """x (B, C, H, W); with a window, positions see those of a square of this side around them, and the text."""
         rows, columns = x.shape[-2:]
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        attended = self.attention(tokens, context)
+        attended = self.attention(tokens, context, (rows, columns), window)
         return x + rearrange(attended, "b (h w) c -> b c h w", h=rows, w=columns)
+
+
+def in_windows(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    size: tuple[int, int],
+    window: int,
+) -> Tensor:
+    """`attend(query, keys, values)`, all (B, rows * columns, C), where positions see only those around them.
+
+    Positions are taken in squares of half a window's side, and each square sees the window that has it in its middle,
+    or, near an edge, the nearest window within the picture. So all see as many positions, and the windows of two
+    neighbours share half of what they see or more: no border shows. A row of windows is one batch.
+    """
+    query, keys, values = (rearrange(one, "b (h w) c -> b h w c", h=size[0]) for one in (query, keys, values))
+    attended = torch.empty_like(query)
+    across = list(_windows(size[1], window))
+    for own, seen in _windows(size[0], window):
+        queries = torch.cat([query[:, own, columns].flatten(1, 2) for columns, _ in across])
+        around = (torch.cat([one[:, seen, columns].flatten(1, 2) for _, columns in across]) for one in (keys, values))
+        parts = attend(queries, *around).chunk(len(across))
+        for (columns, _), part in zip(across, parts, strict=True):
+            place = attended[:, own, columns]
+            place.copy_(part.view_as(place))
+    return attended.flatten(1, 2)
+
+
+def _windows(length: int, window: int) -> Iterator[tuple[slice, slice]]:
+    """Along one side: the positions of a square, and those of the window that it sees; each of the same length."""
+    seen = min(window, length)
+    own = length if length <= window else max(1, window // 2)
+    for i in range(-(-length // own)):
+        start = min(i * own, length - own)  # the last one ends at the edge, and may overlap the one before
+        first = min(max(0, start - (seen - own) // 2), length - seen)
+        yield slice(start, start + own), slice(first, first + seen)
 
 
 def to_rows(x: Tensor) -> Tensor:

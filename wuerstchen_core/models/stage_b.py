@@ -54,6 +54,7 @@ class StageBCondition(NamedTuple):
 
     shares: list  # of every ResBlock: (level's latent (B, h, w, K), matrix (4C, K)), or None
     contexts: list  # of every AttnBlock: keys and values, or None
+    windows: list  # of every AttnBlock: the side of the square that a position sees, or None
 
 
 class DiffNeXt(nn.Module):
@@ -110,13 +111,19 @@ class DiffNeXt(nn.Module):
             LayerNorm2d(), operations.Conv2d(widths[0], 2 * patch_channels, 1), nn.PixelShuffle(config.patch)
         )
 
-    def condition(self, semantic: Tensor, text: Tensor | None, size: Sequence[int]) -> StageBCondition:
-        """semantic (B, 16, p, q) raw features, text (B, L, text_width) or None, size (rows, columns) of x."""
+    def condition(
+        self, semantic: Tensor, text: Tensor | None, size: Sequence[int], window: int | None = None
+    ) -> StageBCondition:
+        """semantic (B, 16, p, q) raw features, text (B, L, text_width) or None, size (rows, columns) of x.
+
+        With a window, attention sees no farther than a square of this side, in positions of x, on all levels but the
+        deepest.
+        """
         if text is None and not self.config.text_absent:
             text = semantic.new_zeros(1, CONTEXT_LENGTH, self.config.text_width)
         if text is not None:
             text = F.layer_norm(self.clip_mapper(text), (self.config.condition_width,), eps=1e-6)
-        shares, contexts = [], []
+        shares, contexts, windows = [], [], []
         depth = len(self.config.widths)
         for i, blocks in enumerate((*self.down_blocks, *self.up_blocks)):
             level = min(i, 2 * depth - 1 - i)
@@ -130,7 +137,9 @@ class DiffNeXt(nn.Module):
                     shares.append(semantic_part and (resized, _affine(mapper, semantic_part, semantic)))
                 elif isinstance(block, AttnBlock):
                     contexts.append(None if text is None else block.condition(text))
-        return StageBCondition(shares, contexts)
+                    near = window and level < depth - 1 and max(2, window // (self.config.patch << level))
+                    windows.append(near or None)
+        return StageBCondition(shares, contexts, windows)
 
     def modulate(self, t: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """t (N,) in [0, 1] -> scale and shift (N, 2C, 1, 1) of every timestep block, in `dtype`."""
@@ -139,7 +148,8 @@ class DiffNeXt(nn.Module):
 
     def denoise(self, x: Tensor, modulation: list[Tensor], condition: StageBCondition) -> Tensor:
         """x (B, 4, h, w), sides multiples of 16 -> the noise in it, the same shape; in two precisions as in Stage C."""
-        modulations, shares, contexts = iter(modulation), iter(condition.shares), iter(condition.contexts)
+        modulations, shares = iter(modulation), iter(condition.shares)
+        attention = zip(condition.contexts, condition.windows, strict=True)
 
         def run(blocks: nn.Module, h: Tensor, skip: Tensor | None = None) -> Tensor:
             for block in blocks.children():
@@ -149,7 +159,7 @@ class DiffNeXt(nn.Module):
                 elif isinstance(block, TimestepBlock):
                     h = block(h, next(modulations))
                 elif isinstance(block, AttnBlock):
-                    h = block(h, next(contexts))
+                    h = block(h, *next(attention))
                 else:
                     h = block(h)
             return h
