@@ -15,7 +15,6 @@ AGAINST: dict[str, dict[str, Any]] = {
     "width": {"type": int, "metavar": "PIXELS", "help": "multiple of 128 (default: 1024, of the mini 256)"},
     "height": {"type": int, "metavar": "PIXELS", "help": "multiple of 128 (default: 1024, of the mini 256)"},
     "batch": {"type": int, "nargs": "+", "metavar": "N", "help": "pictures at once, one or several sizes (default: 1)"},
-    "dtype": {"choices": ["float32", "float16", "bfloat16"], "help": "default: float32"},
     "steps-c": {"type": int, "metavar": "N", "help": "of Stage C (default: 60, diffusers'; ours are timed, too)"},
     "steps-b": {"type": int, "metavar": "N", "help": "of Stage B (default: 12, diffusers'; ours are timed, too)"},
     "timed-steps": {
