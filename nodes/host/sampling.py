@@ -66,7 +66,7 @@ class Guider(comfy.samplers.CFGGuider):
         super().__init__(model)
         self.options = options
         if options.cfg_rescale:
-            changed = create_model_options_clone(self.model_options)
+            changed = create_model_options_clone(model.model_options)
             self.model_options = set_model_options_post_cfg_function(changed, self.rescaled)
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006
