@@ -34,10 +34,10 @@ def conditioned(latent: dict, positive: list | None, negative: list | None, node
 class WuerstchenStageBConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return sockets.schema(
+            "cascade, stage b, decoder, stablecascade",
             node_id="WuerstchenStageBConditioning",
             display_name="Würstchen Stage B Conditioning",
-            category=sockets.CATEGORY,
             description="What any of ComfyUI's samplers needs for Stage B: Stage C's latent joins the prompt, and the "
             "latent to start from has the right size.",
             inputs=[
@@ -64,10 +64,10 @@ class WuerstchenStageBConditioning(io.ComfyNode):
 class WuerstchenStageBSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return sockets.schema(
+            "ksampler, cascade, decoder, upscale",
             node_id="WuerstchenStageBSampler",
             display_name="Würstchen Stage B Sampler",
-            category=sockets.CATEGORY,
             description="Adds the detail: from Stage C's small latent to one of Stage A, the size of the picture / 4.",
             inputs=[
                 io.Model.Input("model", tooltip="Stage B: from Würstchen Load Stage B or Würstchen Load Model."),

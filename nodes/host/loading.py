@@ -5,13 +5,13 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...wuerstchen_core import WuerstchenError
-from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW, find_set
+from ...wuerstchen_core.checkpoints.sets import find_set
 from ...wuerstchen_core.pipeline import preview
 from . import lora
 from .devices import to_intermediate
 from .folders import listed_file, model_set
 from .models import load_diffusion
-from .previews import Previewer
+from .previews import Previewer, linear_previewer
 from .text import load_clip
 from .vae import SemanticVAE, StageAVAE
 
@@ -66,8 +66,7 @@ def load_semantic(file: str, previewer: str | None) -> SemanticVAE:
 
 def linear_preview(latent: Tensor) -> Tensor:
     """latent of Stage C (B, 16, p, q) -> small pictures (B, 8p, 8q, 3), each position one colour, as fits the mini."""
-    previewer = Previewer(LINEAR_PREVIEW)
-    return to_intermediate(preview(previewer.network, latent.float()))
+    return to_intermediate(preview(linear_previewer().network, latent.float()))
 
 
 def require_semantic(vae: comfy.sd.VAE, node: str) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from ...wuerstchen_core import WuerstchenError
 from ...wuerstchen_core.checkpoints.load import METADATA_KEY, header_tensor, load_network, load_previewer
 from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW
+from ...wuerstchen_core.models.defaults import Defaults, defaults_of
 from ...wuerstchen_core.models.stage_b import DiffNeXt
 from ...wuerstchen_core.models.stage_c import Prior
 from ...wuerstchen_core.util.finite import is_finite
-from ..latents import SEMANTIC
+from ..latents import OPEN, SEMANTIC, SIZE_IT
 from . import masks
 from .conditions import CONDMemory, CONDSemantic, Memory, margin, padded, remembered
 from .overflow import in_wide_enough
@@ -250,6 +251,8 @@ class StageC(Wuerstchen):
 
     def extra_conds(self, noise=None, cross_attn=None, **kwargs):
         self.check(noise, cross_attn)
+        if tuple(noise.shape[-2:]) == OPEN:
+            raise WuerstchenError(f"the latent for Stage C has no size yet: {SIZE_IT}")
         if cross_attn is None:
             raise WuerstchenError("Stage C draws what a text says: it needs one, if only an empty one")
         return {"c_crossattn": comfy.conds.CONDCrossAttn(cross_attn), "memory": CONDMemory()}
@@ -333,6 +336,12 @@ def require(model: ModelPatcher, kind: str | None, node: str) -> None:
         raise WuerstchenError(
             f"{node} is for {stage}, and this is {what}: take the MODEL from Würstchen Load Model or {loader}"
         )
+
+
+def defaults(model: ModelPatcher, node: str) -> Defaults:
+    """What suits a Stage C. Raises WuerstchenError as `require` does."""
+    require(model, "stage_c", node)
+    return defaults_of(model.model.diffusion_model.config)
 
 
 def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *more, **options):

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...wuerstchen_core.checkpoints.load import load_previewer
+from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW
 from ...wuerstchen_core.pipeline import preview
 from ...wuerstchen_core.util.finite import is_finite
 
@@ -38,6 +39,11 @@ class Previewer:
         [picture] = preview(self.network, latent.to(device), torch.float32)
         pixels = (picture * 255).round().byte().cpu().numpy()
         return "JPEG", Image.fromarray(pixels), args.preview_size
+
+
+def linear_previewer() -> Previewer:
+    """Each position as one colour, as fits the mini."""
+    return Previewer(LINEAR_PREVIEW)
 
 
 def with_previews(callback, previewer: Previewer, steps: int):

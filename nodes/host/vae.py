@@ -20,6 +20,7 @@ from ...wuerstchen_core.checkpoints.load import (
 )
 from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW
 from ...wuerstchen_core.geometry import STEP
+from ...wuerstchen_core.models.defaults import Defaults, defaults_of
 from ...wuerstchen_core.models.previewer import FACTOR
 from ...wuerstchen_core.models.stage_a import VQGAN
 from ...wuerstchen_core.pipeline import compress
@@ -122,6 +123,11 @@ class SemanticVAE(VAE):
         self.downscale_ratio = STEP  # what pictures are cut to multiples of
         self.memory_used_encode = lambda shape, dtype: 200 * shape[2] * shape[3]
         self.memory_used_decode = lambda shape, dtype: 72 * 1024 * shape[2] * shape[3]
+
+    @property
+    def defaults(self) -> Defaults:
+        """What suits the set that the compressor belongs to."""
+        return defaults_of(self.first_stage_model.compressor.config)
 
     def encode_tiled(self, pixel_samples, *more, **options):
         """The picture is reduced to three quarters first; a compressor sees little of it in tiles, and fits anyway."""
