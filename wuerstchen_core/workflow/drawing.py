@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from .graph import Graph, Node, Output
 
 LARGEST_EXACT = 2**53  # a larger whole number is rounded by the page
+SMALLEST_SIDE = 128  # of the nodes' pictures
 ROLES = {
     "stage_a": ("WuerstchenLoadStageA", "models/vae"),
     "stage_b": ("WuerstchenLoadStageB", "models/diffusion_models"),
@@ -46,8 +47,8 @@ def graph_of(told: Mapping, around: Circumstances = Circumstances()) -> Graph:
         networks["stage_c"] = loaded[0]
         graph.notes.append(f"Put the LoRA `{name}` into `models/loras`.")
 
-    prompt = graph.add("PrimitiveStringMultiline", "Prompt", value=told["prompt"])
-    negative = graph.add("PrimitiveStringMultiline", "Negative prompt", value=told["negative_prompt"])
+    prompt = graph.add("PrimitiveStringMultiline", "Prompt", value=_cleaned(told["prompt"]))
+    negative = graph.add("PrimitiveStringMultiline", "Negative prompt", value=_cleaned(told["negative_prompt"]))
 
     def read(stage: str, text: Node, title: str) -> Output:
         return graph.add("WuerstchenTextEncode", title, clip=networks[f"text_encoder_{stage}"], text=text[0])[0]
@@ -122,7 +123,11 @@ def _networks(graph: Graph, told: Mapping, around: Circumstances) -> dict[str, O
 
 def _start(graph: Graph, told: Mapping, networks: dict[str, Output], around: Circumstances) -> Output:
     """What Stage C starts from."""
-    size = {"width": told["width"], "height": told["height"]}
+    size = {side: max(told[side], SMALLEST_SIDE) for side in ("width", "height")}
+    if size != {side: told[side] for side in size}:
+        graph.notes.append(
+            f"The picture was {told['width']}x{told['height']}: nodes take no side below {SMALLEST_SIDE}."
+        )
     if "image" not in told:
         return graph.add("WuerstchenEmptyLatent", **size, batch_size=told["batch_size"])[0]
     graph.notes.append(f"Choose `{told['image']}` in *Load Image*: it lies where the picture was drawn.")
@@ -137,6 +142,13 @@ def _start(graph: Graph, told: Mapping, networks: dict[str, Output], around: Cir
     latent = graph.add("WuerstchenSemanticCompress", vae=networks["semantic_compressor"], image=image, **size)
     repeated = told["batch_size"] // around.pictures
     return graph.add("RepeatLatentBatch", samples=latent[0], amount=repeated)[0] if repeated > 1 else latent[0]
+
+
+def _cleaned(prompt: str) -> str:
+    """As the core's tokenizer reads it: HTML entities and curly quotes are replaced, which ComfyUI's leaves alone."""
+    from open_clip.tokenizer import basic_clean
+
+    return basic_clean(prompt)
 
 
 def _seed(graph: Graph, stage: str, seed: int) -> int:

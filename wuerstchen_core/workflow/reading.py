@@ -6,7 +6,7 @@ The record comes from a file of anybody's: every value is checked for its type, 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..diffusion.samplers import SAMPLERS
@@ -58,7 +58,7 @@ def _checked(name: str, value: object, where: str):
 
 def _file_name(text) -> str:
     """The last part of a path of any system; ComfyUI adds the folder in brackets to some."""
-    return PureWindowsPath(re.sub(r" \[[\w ]+\]$", "", text)).name
+    return Path(re.split(r"[\\/]", re.sub(r" \[[\w ]+\]$", "", text))[-1]).name
 
 
 class Source(NamedTuple):
