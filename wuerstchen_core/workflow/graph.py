@@ -10,7 +10,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-PACK, HOST = ("comfyui-wuerstchen", "1.0.0"), ("comfy-core", "0.3.64")  # what brings a node, and its version
+PACK, HOST = ("wuerstchen", "1.0.0"), ("comfy-core", "0.3.64")  # what brings a node, and its version
 WIDGETS = ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN")
 NOTE = "MarkdownNote"  # the page's own
 
