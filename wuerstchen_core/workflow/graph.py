@@ -177,13 +177,18 @@ def _height(node: Node) -> int:
 
 
 def _layout(nodes: list[Node]) -> dict[int, tuple[int, int]]:
-    """Node id -> position: a column further to the right than all that it takes its inputs from."""
+    """Node id -> position: a column to the right of all that it takes its inputs from; what takes none, left of what
+    reads it first."""
     columns: dict[int, int] = {}
+    readers: dict[int, list[int]] = {node.id: [] for node in nodes}
+    for node in nodes:
+        columns[node.id] = 1 + max((columns[source.node.id] for source in node.linked.values()), default=-1)
+        for source in node.linked.values():
+            readers[source.node.id].append(columns[node.id])
     heights: dict[int, int] = {}
     places = {}
     for node in nodes:
-        column = 1 + max((columns[source.node.id] for source in node.linked.values()), default=-1)
-        columns[node.id] = column
+        column = columns[node.id] if node.linked or not readers[node.id] else min(readers[node.id]) - 1
         places[node.id] = (column * (WIDTH + GAP), heights.get(column, 0))
         heights[column] = heights.get(column, 0) + _height(node) + TITLE + GAP
     return places
