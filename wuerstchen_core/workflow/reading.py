@@ -38,7 +38,7 @@ def settings_of_record(record: Mapping, where: str) -> Asked:
     asked = Asked({})
     for name, value in record.items():
         if name not in TYPES:
-            asked.remarks.append(f"{where} has {shown(name)}, which this version does not know")
+            asked.remarks.append(f"it was drawn with {shown(name)}, which this version does not know")
             continue
         asked.settings[name] = _checked(name, value, where)
     if "prompt" not in asked.settings:
@@ -56,9 +56,10 @@ def _checked(name: str, value: object, where: str):
     return _file_name(value) if name in FILES else value
 
 
-def _file_name(text) -> str:
+def _file_name(text: str) -> str:
     """The last part of a path of any system; ComfyUI adds the folder in brackets to some."""
-    return Path(re.split(r"[\\/]", re.sub(r" \[[\w ]+\]$", "", text))[-1]).name
+    name = Path(re.split(r"[\\/]", re.sub(r" \[[\w ]+\]$", "", text))[-1]).name
+    return "" if name == ".." else name
 
 
 class Source(NamedTuple):
