@@ -32,12 +32,15 @@ SEMANTIC = "wuerstchen_semantic"  # in a CONDITIONING for Stage B: Stage C's lat
 OPEN = (1, 1)  # rows and columns of an empty latent whose size its sampler chooses; no picture's are as few
 OPEN_KEY = "wuerstchen_open"
 
+NUMBER = 2.0**-100  # times a picture's number, it fills an empty latent: far below what noise can show
+
 SMALLEST_SIDE, LARGEST_SIDE = 128, 4096  # pixels
 LARGEST_EMPTY = 24  # positions of Stage C: 1024 pixels
 MOST_ENLARGED = 4  # times a side
 SIZE_IT = "set width and height of Würstchen Empty Latent, or link Stage C's MODEL to it"
 UNITS = "a position of Stage C is 42.67 pixels a side, not 8"
 PLACES_TRIED = 64
+MOST_PICTURES = 65_536
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +63,12 @@ def picture_size(width: int, height: int) -> Geometry:
 
 def picture_size_or(width: int, height: int, side: int | None) -> Geometry | None:
     """The same where both sides may be 0, which is the model's own side; None where that is not known either."""
-    if width or height or side:
-        if not width and not height:
-            width = height = side
-        elif not width or not height:
-            name, other = ("width", "height") if not width else ("height", "width")
-            raise WuerstchenError(f"{name} is 0, the model's own size, but {other} is not: set both, or both to 0")
-        return picture_size(width, height)
-    return None
+    if not width and not height:
+        return None if side is None else picture_size(side, side)
+    if not width or not height:
+        name, other = ("width", "height") if not width else ("height", "width")
+        raise WuerstchenError(f"{name} is 0, the model's own size, but {other} is not: set both, or both to 0")
+    return picture_size(width, height)
 
 
 def open_latent(batch_size: int, channels: int) -> dict:
@@ -97,6 +98,23 @@ def pack(samples: Tensor, geometry: Geometry, like: dict | None = None) -> dict:
         samples
     ).contiguous()  # the order in memory says later whether they were turned
     return {**(like or {}), "samples": samples, KEY: Noted(geometry, samples)}
+
+
+def numbered(samples: Tensor) -> Tensor:
+    """Empty samples (B, C, rows, columns) filled with the numbers of their pictures, by which `numbers_of` knows them
+    after they were taken out of their batch, put into another order or repeated."""
+    numbers = torch.arange(1, len(samples) + 1, dtype=samples.dtype, device=samples.device) * NUMBER
+    return samples + numbers[:, None, None, None]
+
+
+def numbers_of(samples: Tensor) -> list[int] | None:
+    """The places, from 0 on, of pictures in the batch that was numbered; None if any is not empty, or is a mixture."""
+    numbers = samples.flatten(1) / NUMBER
+    least, most = numbers.amin(dim=1), numbers.amax(dim=1)
+    whole = (most - most.round()).abs().max() < 0.1 and (most - least).max() < 0.1
+    if not whole or least.min() < 0.5 or most.max() > MOST_PICTURES:
+        return None
+    return [round(number) - 1 for number in most.tolist()]
 
 
 def samples_of(latent: dict, channels: int, node: str, sources: str) -> Tensor:
@@ -247,7 +265,7 @@ def _is_other_part(samples: Tensor, noted: Tensor) -> bool:
     size, before = samples.shape[-2:], noted.shape[-2:]
     if samples.stride(1) not in (size.numel(), 1):  # a view of more
         return True
-    if size == before or noted.amin() == noted.amax():
+    if size == before or (noted == noted[..., :1, :1]).all():
         return False
     if all(now <= old for now, old in zip(size, before, strict=True)):
         return any(_is_window(samples[0], whole) for whole in noted.to(samples))

@@ -196,7 +196,7 @@ class WuerstchenLoadSemanticCompressor(FileLoader):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file, previewer=None):
+    def fingerprint_inputs(cls, file, previewer=None, **others):
         return host.fingerprints.of_files(semantic_compressor=file, previewer=cls._named(previewer))
 
     @classmethod

@@ -25,7 +25,8 @@ def conditioned(latent: dict, positive: list | None, negative: list | None, node
     if negative is None:
         negative = [[torch.zeros_like(positive[0][0]), {}]]
     positive = [[text, {**more, latents.SEMANTIC: samples}] for text, more in positive]
-    empty = latents.pack(torch.zeros(len(samples), StageBConfig().latent_channels, *work.stage_a), geometry)
+    start = torch.zeros(len(samples), StageBConfig().latent_channels, *work.stage_a)
+    empty = latents.pack(latents.numbered(start), geometry)
     if "batch_index" in latent:
         empty["batch_index"] = latent["batch_index"]
     return positive, negative, empty
@@ -87,12 +88,15 @@ class WuerstchenStageBSampler(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="By the CLIP of Stage B; read where cfg is not 1."
                 ),
+                sockets.preview_input(),
             ],
             outputs=[io.Latent.Output(tooltip="For Würstchen VQGAN Decode or VAE Decode with Stage A.")],
         )
 
     @classmethod
-    def execute(cls, model, latent, seed, steps, cfg, sampler, positive=None, negative=None) -> io.NodeOutput:
+    def execute(
+        cls, model, latent, seed, steps, cfg, sampler, positive=None, negative=None, preview=False
+    ) -> io.NodeOutput:
         node = "Würstchen Stage B Sampler"
         host.models.require(model, "stage_b", node)
         positive, negative, empty = conditioned(latent, positive, negative, node)
@@ -103,5 +107,6 @@ class WuerstchenStageBSampler(io.ComfyNode):
             empty["samples"],
             SamplingOptions(steps, cfg, sampler, seed=seed),
             batch_index=empty.get("batch_index"),
+            preview=preview,
         )
         return io.NodeOutput(latents.pack(sampled, empty[latents.KEY].geometry))

@@ -135,6 +135,23 @@ def run(nodes):
     return run
 
 
+@pytest.fixture(params=["drawn", "empty"])
+def of_c(request, module):
+    """(width, height) -> a latent of Stage C for such a picture, of two pictures, with values and without."""
+
+    def latent(width, height):
+        shape = (2, 16, *w.Geometry(width, height).stage_c)
+        samples = (
+            torch.randn(shape, generator=torch.Generator().manual_seed(7))
+            if request.param == "drawn"
+            else torch.zeros(shape)
+        )
+        return module("nodes.latents").pack(samples, w.Geometry(width, height))
+
+    latent.drawn = request.param == "drawn"
+    return latent
+
+
 @pytest.fixture
 def models(pack, tmp_path, monkeypatch):
     """The folder of ComfyUI's model folders, all of them empty."""

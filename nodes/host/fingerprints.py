@@ -10,7 +10,7 @@ from .folders import listed_file, model_set
 
 def of_files(**names: str | None) -> tuple:
     """Kind -> name of a file, as `listed_file` has them. Never raises: what is missing is the loader's to say."""
-    found = []
+    found: list[tuple | None] = []
     for kind, name in names.items():
         try:
             found.append(_stamp(listed_file(kind, name)) if name else None)

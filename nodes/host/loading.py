@@ -5,13 +5,13 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...wuerstchen_core import WuerstchenError
-from ...wuerstchen_core.checkpoints.sets import find_set
+from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW, find_set
 from ...wuerstchen_core.pipeline import preview
 from . import lora
 from .devices import to_intermediate
 from .folders import listed_file, model_set
 from .models import load_diffusion
-from .previews import Previewer, linear_previewer
+from .previews import Previewer, show_latents
 from .text import load_clip
 from .vae import SemanticVAE, StageAVAE
 
@@ -27,6 +27,8 @@ def load_set(name: str, weight_dtype: str = "default") -> tuple:
     stage_c = load_diffusion("stage_c", paths["stage_c"], weight_dtype)
     if "previewer" in paths:
         stage_c.model.latent_format.previewer = Previewer(paths["previewer"])
+    stage_b, stage_a = load_diffusion("stage_b", paths["stage_b"], weight_dtype), StageAVAE(paths["stage_a"])
+    show_latents(stage_b.model.latent_format, stage_a.encode)
     clip_c = load_clip(paths["text_encoder_c"])
     path_b = paths.get("text_encoder_b")
     if path_b == paths["text_encoder_c"]:
@@ -36,9 +38,9 @@ def load_set(name: str, weight_dtype: str = "default") -> tuple:
     return (
         stage_c,
         clip_c,
-        load_diffusion("stage_b", paths["stage_b"], weight_dtype),
+        stage_b,
         clip_b,
-        StageAVAE(paths["stage_a"]),
+        stage_a,
         SemanticVAE(paths["semantic_compressor"], paths.get("previewer")),
     )
 
@@ -66,7 +68,7 @@ def load_semantic(file: str, previewer: str | None) -> SemanticVAE:
 
 def linear_preview(latent: Tensor) -> Tensor:
     """latent of Stage C (B, 16, p, q) -> small pictures (B, 8p, 8q, 3), each position one colour, as fits the mini."""
-    return to_intermediate(preview(linear_previewer().network, latent.float()))
+    return to_intermediate(preview(Previewer(LINEAR_PREVIEW).network, latent.float()))
 
 
 def require_semantic(vae: comfy.sd.VAE, node: str) -> None:

@@ -6,6 +6,7 @@ import re
 import comfy.weight_adapter as weight_adapter
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
+from torch import Tensor, nn
 
 from ...wuerstchen_core import load_lora
 from .folders import listed_file
@@ -51,6 +52,21 @@ def _names(module: str) -> list[str]:
     return [prefix + name for prefix in PREFIXES for name in names] + [
         prefix + module.replace(".", "_") for prefix in FLAT_PREFIXES
     ]
+
+
+def fits(patch, model: nn.Module, name: str) -> bool:
+    """Whether a model has a weight of this name, and, for a LoRA or another model's weight, one of its size."""
+    *modules, last = name.split(".")
+    try:
+        weight = getattr(model.get_submodule(".".join(modules)), last)
+    except AttributeError:
+        return False
+    if isinstance(patch, LoRAAdapter):
+        up, down, _, core = patch.weights[:4]
+        return core is not None or len(up) * down[0].numel() == weight.numel()
+    if isinstance(patch, list) and patch and isinstance(patch[0], tuple) and isinstance(patch[0][0], Tensor):
+        return patch[0][0].shape == weight.shape
+    return True
 
 
 def register() -> None:

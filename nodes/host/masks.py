@@ -19,7 +19,7 @@ def note(sampled: Tensor, mask: Tensor | None) -> None:
     """sampled (B, C, p, q) was drawn by Stage C under mask (1 or B, any channels, p, q), or under none."""
     with _lock:
         for index, picture in enumerate(sampled):
-            followed = None if mask is None else (_digest(mask[index % len(mask), 0]), tuple(mask.shape[-2:]))
+            followed = None if mask is None else (_digest(mask[index % len(mask), 0]), (mask.shape[-2], mask.shape[-1]))
             _masks[_digest(picture)] = followed
         while len(_masks) > MOST_PICTURES:
             _masks.popitem(last=False)

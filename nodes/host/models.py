@@ -1,6 +1,7 @@
 """Stage C and Stage B as ComfyUI's MODEL: its samplers, guiders, LoRAs, hooks and memory management work on them."""
 
 import math
+from collections.abc import Callable
 
 import comfy.conds
 import comfy.latent_formats
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...wuerstchen_core import WuerstchenError
 from ...wuerstchen_core.checkpoints.load import METADATA_KEY, header_tensor, load_network, load_previewer
@@ -23,13 +24,14 @@ from ...wuerstchen_core.models.defaults import Defaults, defaults_of
 from ...wuerstchen_core.models.stage_b import DiffNeXt
 from ...wuerstchen_core.models.stage_c import Prior
 from ...wuerstchen_core.util.finite import is_finite
-from ..latents import OPEN, SEMANTIC, SIZE_IT
+from ..latents import OPEN, SEMANTIC, SIZE_IT, numbers_of
 from . import masks
 from .conditions import CONDMemory, CONDSemantic, Memory, margin, padded, remembered
+from .lora import fits
 from .overflow import in_wide_enough
 from .previews import Previewer, with_previews
 from .schedule import CosineSampling
-from .unet import UNetConfig, WeightName, replacements
+from .unet import UNetConfig, WeightName, refuse_unread, replacements
 
 KEY = "wuerstchen"
 TIME = "wuerstchen_time"  # in transformer_options: the time of a step where its sigma alone does not tell it
@@ -47,6 +49,9 @@ WEIGHT_DTYPES = {
 
 class Hosted:
     """What ComfyUI calls a network by. All that a run does not change comes in as `condition`."""
+
+    dtype: torch.dtype  # of the weights, as they are stored
+    hosted: Callable
 
     def forward(self, x, t, context=None, control=None, transformer_options={}, condition=None, **kwargs):  # noqa: B006
         if control is not None:
@@ -137,7 +142,7 @@ class StageBLatent(comfy.latent_formats.LatentFormat):
 
 class Config(comfy.supported_models_base.BASE):
     unet_config = UNetConfig(disable_unet_model_creation=True)
-    unet_extra_config = {}
+    unet_extra_config: dict = {}
     sampling_settings = {"shift": 1.0}
     text_encoder_key_prefix = ["text_encoders."]
 
@@ -159,7 +164,9 @@ class Wuerstchen(comfy.model_base.BaseModel):
     NUMBERS_PER_POSITION: int  # peak memory of the released network, for each picture
     NUMBERS_PER_TOKEN: int
 
-    def __init__(self, config, network: nn.Module, stored: torch.dtype, computed: torch.dtype | None, device):
+    diffusion_model: HostedPrior | HostedDiffNeXt
+
+    def __init__(self, config, network, stored: torch.dtype, computed: torch.dtype | None, device):
         config.set_inference_dtype(stored, computed)
         super().__init__(config, comfy.model_base.ModelType.EPS, device=device)
         network.dtype = stored
@@ -247,9 +254,16 @@ class Wuerstchen(comfy.model_base.BaseModel):
 class StageC(Wuerstchen):
     STAGE, AREA = "Stage C", 8 * 3 / 128
     SOURCES = "Würstchen Empty Latent or Würstchen Semantic Compress"
+    diffusion_model: HostedPrior
     NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 21_000, 120_000
 
     def extra_conds(self, noise=None, cross_attn=None, **kwargs):
+        refuse_unread(kwargs)
+        if kwargs.get(SEMANTIC) is not None:
+            raise WuerstchenError(
+                "this conditioning comes from Würstchen Stage B Conditioning, and this sampler has Stage C: take the "
+                "prompt from Würstchen Text Encode or CLIP Text Encode"
+            )
         self.check(noise, cross_attn)
         if tuple(noise.shape[-2:]) == OPEN:
             raise WuerstchenError(f"the latent for Stage C has no size yet: {SIZE_IT}")
@@ -264,20 +278,18 @@ class StageC(Wuerstchen):
 class StageB(Wuerstchen):
     STAGE, AREA = "Stage B", 8 / 4
     SOURCES = "Würstchen Stage B Conditioning or Würstchen VQGAN Encode"
+    diffusion_model: HostedDiffNeXt
     NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 1_200, 210_000
 
-    def extra_conds(self, noise=None, cross_attn=None, prompt_type="", **kwargs):
+    def extra_conds(self, noise=None, cross_attn=None, prompt_type="", latent_image=None, **kwargs):
+        refuse_unread(kwargs)
         text = None if cross_attn is None or cross_attn.shape[-1] == 0 else cross_attn
         self.check(noise, text)
         network, semantic = self.diffusion_model, kwargs.get(SEMANTIC)
         size = tuple(noise.shape[-2:])
         expected = [math.ceil(padded(side) * 3 / 32) for side in size]
         if semantic is not None:
-            if len(noise) % len(semantic):
-                raise WuerstchenError(
-                    f"Stage B's latent holds {len(noise)} of the {len(semantic)} pictures that Würstchen Stage B "
-                    "Conditioning was given: take pictures out of Stage C's latent, before that node"
-                )
+            semantic = self.of_pictures(semantic, noise, latent_image)
             if max(abs(ours - theirs) for ours, theirs in zip(expected, semantic.shape[-2:], strict=True)) > 1:
                 raise WuerstchenError(
                     f"Stage B's latent of {size[1]}x{size[0]} does not fit Stage C's of {semantic.shape[-1]}x"
@@ -296,9 +308,42 @@ class StageB(Wuerstchen):
             conds["c_crossattn"] = comfy.conds.CONDCrossAttn(text)
         return conds
 
+    def of_pictures(self, semantic: Tensor, noise: Tensor, latent: Tensor | None) -> Tensor:
+        """Stage C's latents -> those of the pictures that the sampler is given, in their order."""
+        if len(semantic) == 1:
+            return semantic
+        numbers = None if latent is None else numbers_of(latent / self.latent_format.scale_factor)
+        if numbers is None:
+            if len(noise) % len(semantic):
+                raise WuerstchenError(
+                    f"Stage B's latent holds {len(noise)} pictures, and Würstchen Stage B Conditioning was given "
+                    f"{len(semantic)}: give that node as many as the sampler"
+                )
+            return semantic
+        if max(numbers) >= len(semantic):
+            raise WuerstchenError(
+                f"Stage B's latent holds picture {max(numbers) + 1} of another batch than its conditioning, which has "
+                f"{len(semantic)}: take both from the same Würstchen Stage B Conditioning"
+            )
+        return semantic[numbers]
+
     def condition(self, x, dtype, text, semantic):
         size = [padded(side) for side in x.shape[-2:]]
         return self.diffusion_model.condition(semantic.to(x.device, dtype), text, size)
+
+
+class StagePatcher(ModelPatcher):
+    """Refuses merges and LoRAs of another network, which ComfyUI leaves out with a line in its log at most."""
+
+    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+        for key, patch in patches.items():
+            name = key if isinstance(key, str) else key[0]
+            if name.startswith("diffusion_model.") and not fits(patch, self.model, name):  # others are the CLIP's
+                raise WuerstchenError(
+                    f"what is to be merged into {self.model.STAGE}, or the LoRA for it, belongs to another network: "
+                    f"{name.removeprefix('diffusion_model.')} is not there, or of another size"
+                )
+        return super().add_patches(patches, strength_patch, strength_model)
 
 
 STAGES = {
@@ -318,7 +363,7 @@ def load_diffusion(kind: str, path, weight_dtype: str = "default") -> ModelPatch
     model = model_class(config_class(Config.unet_config), network, stored, computed, offload)
     if kind == "stage_b":
         model.latent_format.scale_factor = 1 / network.config.stage_a_scale
-    patcher = ModelPatcher(model, device, offload)
+    patcher = StagePatcher(model, device, offload)
     patcher.add_wrapper_with_key(extension.WrappersMP.OUTER_SAMPLE, KEY, _sample)
     return patcher
 
@@ -356,7 +401,7 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
         )
     for entries in guider.conds.values():
         for entry in entries:
-            if "area" in entry and entry["area"][0] != "percentage":
+            if "area" in entry:
                 entry["area"] = _area(entry["area"], model.AREA, noise.shape[2:])
     if "model_function_wrapper" in guider.model_options:
         guider.model_options.setdefault("transformer_options", {})[FORGET] = True
@@ -378,11 +423,16 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
 
 
 def _area(area: tuple, factor: float, size) -> tuple:
-    """(height, width, y, x) in eighths of pixels -> in positions of a latent of this size."""
-    half = len(area) // 2
-    corner = [min(round(place * factor), side - 1) for place, side in zip(area[half:], size, strict=True)]
+    """(height, width, y, x) in eighths of pixels, or "percentage" and shares -> in positions of a latent of this size.
+
+    One that would lie outside, or be of no size, becomes a position at the edge.
+    """
+    factors = [factor, factor]
+    if area[0] == "percentage":
+        area, factors = area[1:], size
+    corner = [min(round(at * by), side - 1) for at, by, side in zip(area[2:], factors, size, strict=True)]
     sides = [
-        max(1, min(round(length * factor), side - start))
-        for length, start, side in zip(area[:half], corner, size, strict=True)
+        max(1, min(round(length * by), side - start))
+        for length, by, start, side in zip(area[:2], factors, corner, size, strict=True)
     ]
     return (*sides, *corner)

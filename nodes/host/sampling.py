@@ -16,8 +16,9 @@ from ...wuerstchen_core.diffusion.options import SamplingOptions
 from ...wuerstchen_core.diffusion.samplers import SAMPLERS, predict_noise, signal_at
 from ...wuerstchen_core.diffusion.schedule import add_noise, sampling_times
 from ...wuerstchen_core.pipeline import noise_source
+from ...wuerstchen_core.util.notices import tell_once
 from .models import TIME
-from .previews import linear_previewer, with_previews
+from .previews import previewer_of, with_previews
 from .schedule import CosineSampling
 
 
@@ -33,7 +34,7 @@ def sample(
     preview: bool = False,
 ) -> Tensor:
     """latent (B, C, rows, columns) and CONDITIONINGs -> what a stage draws, the same shape; noise and times are the
-    core's. mask (1 or B, 1, rows, columns): where it is 0, `latent` is kept. preview: show Stage C's steps even where
+    core's. mask (1 or B, 1, rows, columns): where it is 0, `latent` is kept. preview: show the steps even where
     ComfyUI's own previews are off."""
     times = sampling_times(options.steps, options.schedule, options.denoise)
     if times[0] == 0:
@@ -44,7 +45,13 @@ def sample(
 
     callback = latent_preview.prepare_callback(model, options.steps)
     if preview and args.preview_method == LatentPreviewMethod.NoPreviews:
-        callback = with_previews(callback, model.model.latent_format.previewer or linear_previewer(), options.steps)
+        previewer = previewer_of(model.model.latent_format)
+        if previewer is None:
+            tell_once(
+                f"{model.model.STAGE} shows no preview: Würstchen Load Model tells its colours, single files do not"
+            )
+        else:
+            callback = with_previews(callback, previewer, options.steps)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(options.cfg)

@@ -7,6 +7,28 @@ from ...wuerstchen_core import WuerstchenError
 ATTENTION = re.compile(r"attn[12]\.to_")
 
 
+UNREAD = {  # in a conditioning -> the node that puts it there, and what to do instead
+    "unclip_conditioning": ("unCLIPConditioning", "Würstchen Semantic Compress makes a latent of a picture"),
+    "stable_cascade_prior": ("StableCascade_StageB_Conditioning", "use Würstchen Stage B Conditioning"),
+    "reference_latents": ("ReferenceLatent", "start the sampler from that latent, with denoise below 1"),
+    "guidance": ("FluxGuidance", "guidance is the sampler's cfg"),
+}
+
+
+def refuse_unread(conditioning: dict) -> None:
+    """Raises WuerstchenError for what a node has put into a conditioning for another model, and nothing reads here."""
+    for name, (node, remedy) in UNREAD.items():
+        if conditioning.get(name) is not None:
+            raise WuerstchenError(
+                f"{node} is for another model, and Würstchen's networks read nothing of it: take it out; {remedy}"
+            )
+    if conditioning.get("concat_mask") is not None and conditioning.get("denoise_mask") is None:
+        raise WuerstchenError(
+            "InpaintModelConditioning without noise_mask is for models trained to inpaint: switch its noise_mask on, "
+            "or use SetLatentNoiseMask"
+        )
+
+
 class UNetConfig(dict):
     """What nodes read of the U-Net's shape."""
 

@@ -20,10 +20,17 @@ from ...wuerstchen_core.checkpoints.load import (
 )
 from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW
 from ...wuerstchen_core.geometry import STEP
-from ...wuerstchen_core.models.defaults import Defaults, defaults_of
+from ...wuerstchen_core.models.defaults import defaults_of
 from ...wuerstchen_core.models.previewer import FACTOR
 from ...wuerstchen_core.models.stage_a import VQGAN
 from ...wuerstchen_core.pipeline import compress
+
+
+class WholePatcher(ModelPatcher):
+    """Loads all of a network or none of it, with `--novram` as well, under which ComfyUI would load none."""
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
 
 
 class VAE(comfy.sd.VAE):
@@ -47,7 +54,7 @@ class VAE(comfy.sd.VAE):
         self.disable_offload = True
         self.device, self.vae_dtype = management.vae_device(), dtype
         self.output_device = management.intermediate_device()
-        self.patcher = ModelPatcher(network, self.device, management.vae_offload_device())
+        self.patcher = WholePatcher(network, self.device, management.vae_offload_device())
 
     def decode(self, samples_in, *more, **options):
         self._check(samples_in)
@@ -58,10 +65,18 @@ class VAE(comfy.sd.VAE):
         return super().decode_tiled(samples, *more, **options)
 
     def encode(self, pixel_samples):
-        return super().encode(pixel_samples[..., :3])
+        return super().encode(self._colours(pixel_samples))
 
     def encode_tiled(self, pixel_samples, *more, **options):
-        return super().encode_tiled(pixel_samples[..., :3], *more, **options)
+        return super().encode_tiled(self._colours(pixel_samples), *more, **options)
+
+    def _colours(self, pixels: Tensor) -> Tensor:
+        if min(pixels.shape[1:3]) < STEP:
+            raise WuerstchenError(
+                f"{self.NAME}: this image is {pixels.shape[2]}x{pixels.shape[1]} pixels, at least {STEP}x{STEP} are "
+                "needed"
+            )
+        return pixels[..., :3]
 
     def _check(self, samples: Tensor) -> None:
         if samples.dim() != 4 or samples.shape[1] != self.latent_channels:
@@ -116,18 +131,13 @@ class SemanticVAE(VAE):
 
     def __init__(self, compressor: Path, previewer: Path | None = None):
         offload = management.vae_offload_device()
-        network = SemanticCoder(
-            load_semantic_compressor(compressor, offload), load_previewer(previewer or LINEAR_PREVIEW, offload)
-        )
+        loaded = load_semantic_compressor(compressor, offload)
+        self.defaults = defaults_of(loaded.config)
+        network = SemanticCoder(loaded, load_previewer(previewer or LINEAR_PREVIEW, offload))
         super().__init__(network, torch.float32)
         self.downscale_ratio = STEP  # what pictures are cut to multiples of
         self.memory_used_encode = lambda shape, dtype: 200 * shape[2] * shape[3]
         self.memory_used_decode = lambda shape, dtype: 72 * 1024 * shape[2] * shape[3]
-
-    @property
-    def defaults(self) -> Defaults:
-        """What suits the set that the compressor belongs to."""
-        return defaults_of(self.first_stage_model.compressor.config)
 
     def encode_tiled(self, pixel_samples, *more, **options):
         """The picture is reduced to three quarters first; a compressor sees little of it in tiles, and fits anyway."""

@@ -86,6 +86,18 @@ def test_areas_in_pixels_are_those_in_shares(halves, ksampler, empty):
     assert apart(by_pixels, ksampler(empty(512, 256))) > 1e-3
 
 
+def test_an_area_beside_the_picture_is_a_position_at_its_edge(call, text, ksampler, empty):
+    share = {"width": 0.001, "height": 0.001, "x": 0.9999, "y": 0.9999}
+    pixels = {"width": 64, "height": 64, "x": 8192, "y": 8192}
+    drawn = []
+    for node, area in (("ConditioningSetAreaPercentage", share), ("ConditioningSetArea", pixels)):
+        corner = call(node, conditioning=text("a dog"), strength=1.0, **area)
+        both = call("ConditioningCombine", conditioning_1=text("a cat"), conditioning_2=corner)
+        drawn.append(ksampler(empty(), positive=both, steps=1)["samples"])
+    plain = ksampler(empty(), steps=1)["samples"]
+    assert torch.equal(*drawn) and not torch.equal(drawn[0][..., 5:, 5:], plain[..., 5:, 5:])
+
+
 def test_areas_draw_what_their_prompts_say(halves, text, ksampler, empty):
     """Far from the seam each half is nearer to what its own prompt draws in its place."""
     shares = halves("ConditioningSetAreaPercentage", width=(0.5, 0.5), height=(1.0, 1.0), x=(0, 0.5), y=(0, 0))

@@ -110,6 +110,13 @@ def test_a_preview_that_is_asked_for_is_shown_where_comfyui_shows_none(run, requ
     assert apart(with_it, without) == 0
 
 
+def test_stage_b_is_shown_too_where_its_colours_are_known(run, tinies, minis, shown):
+    semantic = {"samples": torch.randn(1, 16, 6, 6, generator=torch.Generator().manual_seed(4))}
+    run("WuerstchenStageBSampler", model=minis.model_b, latent=semantic, **QUICK_B, preview=True)
+    pictures = [picture[1] for *_, picture in shown if picture is not None]
+    assert len(pictures) == QUICK_B["steps"] and all(picture.size == (64, 64) for picture in pictures)
+
+
 def test_progress_names_the_stage(run, tinies, text, empty, capfd):
     latent = run("WuerstchenStageCSampler", model=tinies.model_c, positive=text("a cat"), negative=text(""),
                  latent=empty(), **C)  # fmt: skip

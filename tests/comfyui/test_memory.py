@@ -2,6 +2,7 @@
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,6 +178,26 @@ def test_live_previews(call, run, tinies, minis, ksampler, empty, bar, monkeypat
         assert len(shown) == (0 if method == "none" else 3)
         side = 48 if name == "mini" and method in ("auto", "taesd") else 6
         assert all(picture.size == (side, side) for _, picture, _ in shown)
+
+
+def test_stage_b_shows_the_colours_of_its_stage_a(call, run, mini, minis, ksampler, bar, monkeypatch):
+    """The latents of two pictures, reduced to a position a pixel, beside what they are shown as."""
+    import latent_preview
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Auto)
+    y, x = torch.meshgrid(*2 * [torch.linspace(-1, 1, 64)], indexing="ij")
+    disc = (x**2 + y**2 < 0.5)[..., None].float()
+    for inner, outer in (((0.9, 0.1, 0.1), (0.1, 0.2, 0.8)), ((0.1, 0.6, 0.2), (0.9, 0.8, 0.2))):
+        image = torch.lerp(torch.tensor(outer), torch.tensor(inner), disc)[None]
+        latent = mini.stage_a.encode(image.movedim(3, 1))
+        shown = latent_preview.get_previewer("cpu", minis.model_b.model.latent_format).decode_latent_to_preview(latent)
+        shown = torch.from_numpy(np.array(shown)).float() / 255
+        reduced = F.avg_pool2d(image.movedim(3, 1), 4)[0].movedim(0, 2)
+        assert (shown - reduced).square().mean().sqrt() < 0.2 < 0.3 < (shown - reduced.flip(2)).square().mean().sqrt()
+    positive, negative, start = call("WuerstchenStageBConditioning", latent={"samples": noise(1, 16, 3, 3)})
+    ksampler(start, minis.model_b, positive, negative, steps=3, cfg=1.0)
+    assert [preview[1].size for preview in bar.previews if preview] == 3 * [(32, 32)]
 
 
 def test_a_run_can_be_interrupted(run, tinies, text, empty, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.comfyui.host import noise
 from wuerstchen_core import WuerstchenError
@@ -62,6 +63,51 @@ def test_text_of_another_encoder(tinies, minis, call, ksampler, empty, text):
     refused("Stage C was trained with a text encoder of width 32.* width 192", ksampler, empty(), positive=other)
     positive, negative, start = call("WuerstchenStageBConditioning", latent=empty(), positive=other)
     refused("Stage B was trained with", ksampler, start, tinies.model_b, positive, negative, cfg=1.0)
+
+
+def test_a_conditioning_of_stage_b_for_stage_c(tinies, call, ksampler, empty, text):
+    positive, _, _ = call("WuerstchenStageBConditioning", latent=empty(), positive=text("a cat"))
+    refused("comes from Würstchen Stage B Conditioning.*CLIP Text Encode", ksampler, empty(), positive=positive)
+
+
+def test_a_control_net(tinies, ksampler, empty, text):
+    """Anything that gives a control, as ComfyUI asks for it."""
+
+    class ControlNet:
+        extra_hooks = previous_controlnet = None
+
+        def __getattr__(self, name):
+            return lambda *inputs, **options: [] if name.startswith("get_") else 0
+
+        def get_control(self, *inputs):
+            return {"middle": [None]}
+
+    controlled = [[text("a cat")[0][0], {"control": ControlNet(), "control_apply_to_uncond": True}]]
+    refused("there are no ControlNets for Würstchen", ksampler, empty(), positive=controlled)
+
+
+def test_merges_of_different_networks(call, tinies, minis):
+    """Of which ComfyUI would leave out all or nearly all."""
+    for one, other in (("model_c", "model_b"), ("model_b", "model_c")):
+        models = {"model1": getattr(tinies, one), "model2": getattr(tinies, other)}
+        refused("belongs to another network", call, "ModelMergeSimple", **models, ratio=0.5)
+        refused("belongs to another network", call, "ModelMergeAdd", **models)
+    models = {"model1": minis.model_c, "model2": tinies.model_c}
+    refused("Stage C.*belongs to another network", call, "ModelMergeSimple", **models, ratio=0.5)
+
+
+def test_a_lora_of_another_width(call, tinies, models):
+    name = "blocks.2.attention.to_q"
+    save_file({f"prior.{name}.lora_A.weight": torch.ones(4, 48), f"prior.{name}.lora_B.weight": torch.ones(48, 4)},
+              models / "loras" / "wide.safetensors")  # fmt: skip
+    for node, inputs in (("LoraLoaderModelOnly", {"lora_name": "wide.safetensors", "strength_model": 1.0}),
+                         ("WuerstchenLoadLoRA", {"file": "wide.safetensors", "strength": 1.0})):  # fmt: skip
+        refused(f"another .*{name}|{name}.*another", call, node, model=tinies.model_c, **inputs)
+
+
+def test_an_image_of_a_few_pixels(call, tinies):
+    for vae in (tinies.stage_a, tinies.semantic):
+        refused("this image is 64x7 pixels, at least 8x8", call, "VAEEncode", vae=vae, pixels=torch.rand(1, 7, 64, 3))
 
 
 def test_stage_b_without_a_semantic_latent(tinies, call, ksampler, empty, text):
@@ -140,7 +186,7 @@ def test_what_a_script_may_put_on_a_socket(run, tinies, empty, text, minis):
     refused("text: expected a text, got NoneType", run, "WuerstchenTextEncode", clip=tinies.clip_c, text=None)
 
 
-@pytest.mark.parametrize("side", [120, 130, 0, 4104])
+@pytest.mark.parametrize("side", [120, 130, -8, 4104])
 def test_a_size_out_of_range(run, tinies, side):
     refused(f"width is {side}: it must be a multiple of 8 from 128 to 4096", run, "WuerstchenSemanticCompress",
             vae=tinies.semantic, image=torch.rand(1, 64, 64, 3), width=side, height=256)  # fmt: skip

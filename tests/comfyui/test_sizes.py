@@ -5,20 +5,6 @@ import torch
 
 from tests.nodes import comfyui_nodes as comfyui
 from tests.nodes.inputs import noise, picture, same
-from wuerstchen_core import Geometry
-
-
-@pytest.fixture(params=["drawn", "empty"])
-def of_c(request, module):
-    """(width, height) -> a latent of Stage C for such a picture, of two pictures, with values and without."""
-
-    def latent(width, height):
-        shape = (2, 16, *Geometry(width, height).stage_c)
-        samples = noise(*shape) if request.param == "drawn" else torch.zeros(shape)
-        return module("nodes.latents").pack(samples, Geometry(width, height))
-
-    latent.drawn = request.param == "drawn"
-    return latent
 
 
 def test_pictures_come_out_turned_and_resized(run, loaded, stage_c, stage_b):

@@ -76,7 +76,7 @@ SIGNATURES = {  # inputs, then the types of the outputs, in order
     "WuerstchenStageCSampler": (f"model positive negative latent {SAMPLING} schedule denoise preview?", "LATENT"),
     "WuerstchenSemanticPreview": ("latent vae?", "IMAGE"),
     "WuerstchenStageBConditioning": ("latent positive? negative?", "CONDITIONING CONDITIONING LATENT"),
-    "WuerstchenStageBSampler": (f"model latent {SAMPLING} positive? negative?", "LATENT"),
+    "WuerstchenStageBSampler": (f"model latent {SAMPLING} positive? negative? preview?", "LATENT"),
     "WuerstchenVQGANDecode": ("vae latent", "IMAGE"),
     "WuerstchenVQGANEncode": ("vae image", "LATENT"),
     "WuerstchenScheduler": ("model schedule steps denoise", "SIGMAS"),

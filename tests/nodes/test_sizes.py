@@ -8,19 +8,6 @@ from tests.nodes.inputs import noise
 from wuerstchen_core import Geometry
 
 
-@pytest.fixture(params=["drawn", "empty"])
-def of_c(request, module):
-    """(width, height) -> a latent of Stage C for such a picture, of two pictures, with values and without."""
-
-    def latent(width, height):
-        shape = (2, 16, *Geometry(width, height).stage_c)
-        samples = noise(*shape) if request.param == "drawn" else torch.zeros(shape)
-        return module("nodes.latents").pack(samples, Geometry(width, height))
-
-    latent.drawn = request.param == "drawn"
-    return latent
-
-
 @pytest.fixture
 def of_a(module):
     def latent(width, height):

@@ -56,7 +56,7 @@ def _checked(name: str, value: object, where: str):
     return _file_name(value) if name in FILES else value
 
 
-def _file_name(text: str) -> str:
+def _file_name(text) -> str:
     """The last part of a path of any system; ComfyUI adds the folder in brackets to some."""
     name = Path(re.split(r"[\\/]", re.sub(r" \[[\w ]+\]$", "", text))[-1]).name
     return "" if name == ".." else name
