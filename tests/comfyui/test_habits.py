@@ -93,8 +93,8 @@ def test_the_compressor_takes_the_sets_own_size(run, nodes, minis):
     assert apart(own, given) == 0
 
 
-@pytest.mark.parametrize("name", ["minis", "tinies"])
-def test_a_preview_that_is_asked_for_is_shown_where_comfyui_shows_none(run, request, name, shown, empty):
+@pytest.mark.parametrize("name, side", [("minis", 48), ("tinies", 6)])
+def test_a_preview_that_is_asked_for_is_shown_where_comfyui_shows_none(run, request, name, side, shown, empty):
     """By the set's previewer, or else a colour per position."""
     loaded = request.getfixturevalue(name)
     text = run("WuerstchenTextEncode", clip=loaded.clip_c, text="fox in fluent style")
@@ -105,7 +105,7 @@ def test_a_preview_that_is_asked_for_is_shown_where_comfyui_shows_none(run, requ
     with_it = run("WuerstchenStageCSampler", **told, preview=True)
     pictures = [(step, picture[1]) for step, _, picture in shown if picture is not None]
     assert [step for step, _ in pictures] == [1, 2, 3, 4, 5, 6]
-    assert all(picture.size == (48, 48) for _, picture in pictures)
+    assert all(picture.size == (side, side) for _, picture in pictures)
     assert pictures[0][1].tobytes() != pictures[-1][1].tobytes()
     assert apart(with_it, without) == 0
 
