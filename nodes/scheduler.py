@@ -1,5 +1,6 @@
 from comfy_api.latest import io
 
+from ..wuerstchen_core.diffusion.options import STAGE_C
 from ..wuerstchen_core.diffusion.schedule import sampling_times
 from . import host, sockets
 
@@ -14,8 +15,8 @@ class WuerstchenScheduler(io.ComfyNode):
             description="The times of Würstchen's own samplers as SIGMAS, for ComfyUI's SamplerCustomAdvanced.",
             inputs=[
                 io.Model.Input("model", tooltip="Stage C or Stage B."),
-                sockets.schedule_input(),
-                sockets.steps_input(30),
+                sockets.schedule_input(STAGE_C.schedule),
+                sockets.steps_input(STAGE_C.steps),
                 sockets.denoise_input(),
             ],
             outputs=[io.Sigmas.Output(tooltip="One more than the steps, the last one 0.")],

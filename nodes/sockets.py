@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..wuerstchen_core.diffusion.options import SamplingOptions
 from ..wuerstchen_core.diffusion.samplers import SAMPLERS
 from ..wuerstchen_core.diffusion.schedule import SCHEDULES
 from ..wuerstchen_core.models.defaults import RELEASED, SMALL
@@ -32,13 +33,17 @@ def seed_input(tooltip: str) -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
 
 
-def sampling_inputs(steps: int, cfg: float, cfg_tooltip: str) -> list[io.Input]:
+def sampling_inputs(defaults: SamplingOptions, cfg_tooltip: str) -> list[io.Input]:
     """The inputs that both samplers share, with each stage's defaults."""
     return [
-        steps_input(steps),
-        io.Float.Input("cfg", default=cfg, min=0.0, max=30.0, step=0.1, round=0.01, tooltip=cfg_tooltip),
+        steps_input(defaults.steps),
+        io.Float.Input("cfg", default=defaults.cfg, min=0.0, max=30.0, step=0.1, round=0.01, tooltip=cfg_tooltip),
         io.Combo.Input(
-            "sampler", options=list(SAMPLERS), default="ddpm", tooltip="ddpm adds fresh noise at every step."
+            "sampler",
+            options=list(SAMPLERS),
+            default=defaults.sampler,
+            tooltip="dpmpp_2m_sde and ddpm add fresh noise at every step and draw more varied pictures; dpmpp_2m and "
+            "dpmpp_2m_sde need fewer steps.",
         ),
     ]
 
@@ -49,11 +54,12 @@ def steps_input(steps: int) -> io.Input:
     )
 
 
-def schedule_input() -> io.Input:
+def schedule_input(default: str, optional: bool = False) -> io.Input:
     return io.Combo.Input(
         "schedule",
         options=list(SCHEDULES),
-        default="even",
+        default=default,
+        optional=optional,
         tooltip="How the steps are spaced: uneven spends two thirds of them on the noisiest third.",
     )
 
@@ -67,6 +73,27 @@ def denoise_input() -> io.Input:
         step=0.01,
         tooltip="1 starts from pure noise; lower values keep more of the latent, 0 all of it.",
     )
+
+
+def guidance_inputs() -> list[io.Input]:
+    """Where guidance counts, and how strong it leaves the colours."""
+    shares = {"min": 0.0, "max": 1.0, "step": 0.01, "optional": True}
+    return [
+        io.Float.Input(
+            "cfg_interval_low",
+            default=0.0,
+            tooltip="Guidance counts from this time on, 0 (the picture) to 1 (noise); a step without it is twice as "
+            "fast.",
+            **shares,
+        ),
+        io.Float.Input("cfg_interval_high", default=1.0, tooltip="Guidance counts up to this time.", **shares),
+        io.Float.Input(
+            "cfg_rescale",
+            default=0.0,
+            tooltip="Takes back this share of the contrast that guidance adds: colours get weaker. 0 is off.",
+            **shares,
+        ),
+    ]
 
 
 def size_inputs(what: str) -> list[io.Int.Input]:

@@ -2,7 +2,7 @@ import torch
 from comfy_api.latest import io
 
 from ..wuerstchen_core import Geometry
-from ..wuerstchen_core.diffusion.options import SamplingOptions
+from ..wuerstchen_core.diffusion.options import STAGE_B, SamplingOptions
 from ..wuerstchen_core.models.stage_b import StageBConfig
 from . import host, latents, sockets
 from .stage_c import CHANNELS
@@ -78,7 +78,7 @@ class WuerstchenStageBSampler(io.ComfyNode):
                 ),
                 sockets.seed_input("The same seed gives the same picture; another one, other details."),
                 *sockets.sampling_inputs(
-                    12, 1.0, "How closely the latent and the prompt are followed. 1 is off, and twice as fast."
+                    STAGE_B, "How closely the latent and the prompt are followed. 1 is off, and twice as fast."
                 ),
                 io.Conditioning.Input(
                     "positive",
@@ -88,6 +88,7 @@ class WuerstchenStageBSampler(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="By the CLIP of Stage B; read where cfg is not 1."
                 ),
+                sockets.schedule_input(STAGE_B.schedule, optional=True),
                 sockets.preview_input(),
             ],
             outputs=[io.Latent.Output(tooltip="For Würstchen VQGAN Decode or VAE Decode with Stage A.")],
@@ -95,7 +96,17 @@ class WuerstchenStageBSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, latent, seed, steps, cfg, sampler, positive=None, negative=None, preview=False
+        cls,
+        model,
+        latent,
+        seed,
+        steps,
+        cfg,
+        sampler,
+        positive=None,
+        negative=None,
+        schedule=STAGE_B.schedule,
+        preview=False,
     ) -> io.NodeOutput:
         node = "Würstchen Stage B Sampler"
         host.models.require(model, "stage_b", node)
@@ -105,7 +116,7 @@ class WuerstchenStageBSampler(io.ComfyNode):
             positive,
             negative,
             empty["samples"],
-            SamplingOptions(steps, cfg, sampler, seed=seed),
+            SamplingOptions(steps, cfg, sampler, schedule, seed=seed),
             batch_index=empty.get("batch_index"),
             preview=preview,
         )

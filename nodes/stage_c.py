@@ -1,8 +1,10 @@
+import dataclasses
+
 import torch
 from comfy_api.latest import io
 
 from ..wuerstchen_core import WuerstchenError
-from ..wuerstchen_core.diffusion.options import SamplingOptions
+from ..wuerstchen_core.diffusion.options import STAGE_C, SamplingOptions
 from ..wuerstchen_core.models.defaults import RELEASED, SMALL
 from ..wuerstchen_core.models.stage_c import StageCConfig
 from . import host, latents, sockets
@@ -64,14 +66,14 @@ class WuerstchenStageCSampler(io.ComfyNode):
                 ),
                 sockets.seed_input("The same seed gives the same picture."),
                 *sockets.sampling_inputs(
-                    30,
-                    0.0,
+                    dataclasses.replace(STAGE_C, cfg=0.0),
                     f"How closely the prompt is followed. 0: what suits the model, {SMALL.cfg:g} for the mini and "
                     f"{RELEASED.cfg:g} for the released weights. 1 turns guidance off: faster, and without "
                     "the negative.",
                 ),
-                sockets.schedule_input(),
+                sockets.schedule_input(STAGE_C.schedule),
                 sockets.denoise_input(),
+                *sockets.guidance_inputs(),
                 sockets.preview_input(),
             ],
             outputs=[io.Latent.Output(tooltip="For Würstchen Stage B Sampler or Würstchen Stage B Conditioning.")],
@@ -79,7 +81,21 @@ class WuerstchenStageCSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent, seed, steps, cfg, sampler, schedule, denoise, preview=False
+        cls,
+        model,
+        positive,
+        negative,
+        latent,
+        seed,
+        steps,
+        cfg,
+        sampler,
+        schedule,
+        denoise,
+        cfg_interval_low=STAGE_C.cfg_interval[0],
+        cfg_interval_high=STAGE_C.cfg_interval[1],
+        cfg_rescale=STAGE_C.cfg_rescale,
+        preview=False,
     ) -> io.NodeOutput:
         node = "Würstchen Stage C Sampler"
         own = host.models.defaults(model, node)
@@ -91,7 +107,16 @@ class WuerstchenStageCSampler(io.ComfyNode):
             positive,
             negative,
             latent["samples"],
-            SamplingOptions(steps, cfg or own.cfg, sampler, schedule, denoise, seed),
+            SamplingOptions(
+                steps,
+                cfg or own.cfg,
+                sampler,
+                schedule,
+                denoise,
+                seed,
+                (cfg_interval_low, cfg_interval_high),
+                cfg_rescale,
+            ),
             mask=latents.mask_of(latent, geometry),
             batch_index=latent.get("batch_index"),
             preview=preview,

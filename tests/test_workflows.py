@@ -317,4 +317,4 @@ def test_the_released_graph_samples_as_the_authors_do():
         "uneven",
         1,
     ]
-    assert [stage_b[given] for given in ("steps", "cfg", "sampler")] == [12, 1, "ddpm"]
+    assert [stage_b[given] for given in ("steps", "cfg", "sampler", "schedule")] == [12, 1, "ddpm", "even"]

@@ -7,14 +7,16 @@ or a WuerstchenError says which network went beyond its precision.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import tiling
 from .checkpoints.load import (
     load_previewer,
     load_semantic_compressor,
@@ -24,25 +26,28 @@ from .checkpoints.load import (
     load_text_encoder,
 )
 from .checkpoints.sets import MINI, find_set
-from .diffusion.guidance import guide, keep_outside, prepare
+from .diffusion.guidance import guide, keep_outside, prepare, within
 from .diffusion.inputs import check_latent, checked_mask, join_texts, shape_text
 from .diffusion.noise import noise_source
 from .diffusion.options import MAX_CFG, MAX_SEED, MIN_SEED, STAGE_B, STAGE_C, SamplingOptions
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import MAX_STEPS, add_noise, sampling_times
 from .geometry import Geometry
+from .models.compiled import compile_networks
 from .models.defaults import Defaults, defaults_of
 from .models.previewer import Previewer
 from .models.semantic_compressor import SemanticCompressor
 from .models.stage_a import VQGAN
 from .models.stage_b import DiffNeXt
 from .models.stage_c import Prior
+from .models.text_cache import TextCache
 from .models.text_encoder import TextEncoder
+from .offload import Offload, must_offload
 from .util import checks
 from .util.errors import WuerstchenError
 from .util.notices import tell_once
 from .util.pictures import as_images
-from .util.precision import Overflow, check_finite, dtype_of, in_float32
+from .util.precision import Overflow, check_finite, dtype_of, fast_dtype, in_float32
 from .util.resampling import cover
 
 DENOISE = 0.6  # of a picture to start from, where nothing else is asked for
@@ -95,7 +100,11 @@ def sample_stage_c(
     dtype = dtype or dtype_of(stage_c)
     check_latent("Stage C", latent, stage_c.config.latent_channels)
     texts = join_texts("Stage C", stage_c.config.text_width, latent.shape[0], text, negative, options.cfg != 1)
-    condition = stage_c.condition(texts.to(latent.device, dtype))
+    texts = texts.to(latent.device, dtype)
+
+    def condition(rows: slice):
+        return stage_c.condition(texts[rows])
+
     sampled = _sample("Stage C", stage_c, condition, latent, options, mask, batch_index, dtype, progress)
     return check_finite(sampled, "Stage C", dtype)
 
@@ -112,6 +121,7 @@ def sample_stage_b(
     latent: Tensor | None = None,
     mask: Tensor | None = None,
     batch_index: list[int] | None = None,
+    tile: int | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     **changed,
@@ -125,6 +135,8 @@ def sample_stage_b(
         text, negative: (1 or B, L, text_width). None is no text: zero states, or what the network was trained with
             (`StageBConfig.text_absent`). With guidance on, the unconditional half gets a zero semantic latent.
         latent: (B, 4, h, w), what to start from where denoise < 1 or a mask (1 or B, 1, h, w) is given.
+        tile: how far attention sees, in pixels of the picture; 0 is the whole of it, None is 1024 pixels where a side
+            has more than 1536.
         The others are those of `sample_stage_c`.
 
     Raises:
@@ -135,6 +147,7 @@ def sample_stage_b(
     dtype = dtype or dtype_of(stage_b)
     config, guided = stage_b.config, options.cfg != 1
     check_latent("Stage B, semantic", semantic, config.semantic_channels)
+    window = tiling.attention_window(*geometry.stage_a, tiling.check_tile(tile))
     batch, device = semantic.shape[0], semantic.device
     if latent is None:
         latent = torch.zeros(batch, config.latent_channels, *geometry.stage_a, device=device)
@@ -150,8 +163,10 @@ def sample_stage_b(
         texts = join_texts("Stage B", config.text_width, batch, text, negative, guided).to(device)
 
     def run(dtype: torch.dtype) -> Tensor:
-        given = None if texts is None else texts.to(dtype)
-        condition = stage_b.condition(features.to(dtype), given, latent.shape[-2:])
+        def condition(rows: slice):
+            given = None if texts is None else texts[rows].to(dtype)
+            return stage_b.condition(features[rows].to(dtype), given, latent.shape[-2:], window)
+
         return _sample("Stage B", stage_b, condition, latent, options, mask, batch_index, dtype, progress)
 
     try:
@@ -174,9 +189,13 @@ def _sample(
     times = sampling_times(options.steps, options.schedule, options.denoise)
     if times[0] == 0:
         return latent
-    model = prepare(network, condition, times, latent.device, dtype)
+    model = prepare(network, condition(slice(None)), times, latent.device, dtype)
     if options.cfg != 1:
-        model = guide(model, options.cfg)
+        model = guide(model, options.cfg, options.cfg_rescale)
+        low, high = options.cfg_interval
+        if not all(low <= t <= high for t in times[:-1]):
+            alone = prepare(network, condition(slice(len(latent))), times, latent.device, dtype)
+            model = within(options.cfg_interval, model, alone)
     noise = draw()
     start = noise if times[0] == 1 else add_noise(latent, noise, times[0])
     if mask is not None:
@@ -193,23 +212,36 @@ def _sample(
 
 
 @torch.inference_mode()
-def encode(stage_a: VQGAN, image: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """image (B, H, W, 3), sides multiples of 8 -> latent of Stage A (B, 4, h, w)"""
+def encode(stage_a: VQGAN, image: Tensor, dtype: torch.dtype | None = None, tile: int | None = None) -> Tensor:
+    """image (B, H, W, 3), sides multiples of 8 -> latent of Stage A (B, 4, h, w)
+
+    `tile` is the side, in pixels, of the parts that are encoded one after another, with the same result; 0 is the
+    whole picture, None what memory allows.
+    """
+    tile = tiling.check_tile(tile)
     planes, _ = _padded(image)
     dtype = dtype or dtype_of(stage_a)
-    return check_finite(stage_a.encode(planes.to(dtype)).float(), "Stage A", dtype)
+    return check_finite(tiling.encode(stage_a, planes.to(dtype), tile).float(), "Stage A", dtype)
 
 
 @torch.inference_mode()
 def decode(
-    stage_a: VQGAN, latent: Tensor, geometry: Geometry | None = None, dtype: torch.dtype | None = None
+    stage_a: VQGAN,
+    latent: Tensor,
+    geometry: Geometry | None = None,
+    dtype: torch.dtype | None = None,
+    tile: int | None = None,
 ) -> Tensor:
-    """latent of Stage A (B, 4, h, w) -> image (B, H, W, 3) in [0, 1] of the geometry's size, or the whole of it"""
+    """latent of Stage A (B, 4, h, w) -> image (B, H, W, 3) in [0, 1] of the geometry's size, or the whole of it
+
+    `tile` is as in `encode`.
+    """
+    tile = tiling.check_tile(tile)
     dtype = dtype or dtype_of(stage_a)
-    planes = check_finite(stage_a.decode(latent.to(dtype)).float(), "Stage A", dtype)
+    planes = check_finite(tiling.decode(stage_a, latent.to(dtype), tile).float(), "Stage A", dtype)
     if geometry is not None:
         planes = _crop(planes, geometry)
-    return rearrange(planes.clamp(0, 1), "b c h w -> b h w c")
+    return rearrange(planes.clamp_(0, 1), "b c h w -> b h w c")
 
 
 @torch.inference_mode()
@@ -250,6 +282,7 @@ class Wuerstchen:
     """A whole set of networks. `text_encoder_c` and `text_encoder_b` may be the same one.
 
     The previewer is optional, and so is `text_encoder_b`: without it Stage B reads no text, which hardly matters.
+    With `offload` the networks lie in the machine's memory and `generate` has one at a time on the offload's device.
     """
 
     stage_a: VQGAN
@@ -259,6 +292,8 @@ class Wuerstchen:
     semantic_compressor: SemanticCompressor
     text_encoder_b: TextEncoder | None = None
     previewer: Previewer | None = None
+    offload: Offload | None = None
+    _encode: TextCache = field(default_factory=TextCache, init=False, repr=False, compare=False)
 
     @classmethod
     def from_files(
@@ -272,32 +307,55 @@ class Wuerstchen:
         text_encoder_b: str | Path | None = None,
         previewer: str | Path | None = None,
         device="cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
+        offload: bool | None = False,
     ) -> "Wuerstchen":
-        """One file per network. Raises WuerstchenError for a file that is not what its name here says."""
+        """One file per network, all in `dtype`; by default in float32, but for Stage C and Stage B, which are in the
+        device's `fast_dtype`.
+
+        With `offload` only the network at work is on the device; None is where the device cannot hold all of them.
+
+        Raises:
+            WuerstchenError: a file is not what its name here says, or it is the CPU that is to be relieved.
+        """
+        target = torch.device(device)
+        if offload and target.type == "cpu":
+            raise WuerstchenError(
+                "offload is set, but the device is the CPU, where all networks lie anyway: name another"
+            )
+        device = target if offload is False else torch.device("cpu")
+        fast, dtype = dtype or fast_dtype(target), dtype or torch.float32
         encoder_c = load_text_encoder(text_encoder_c, device, dtype)
         encoder_b: TextEncoder | None = encoder_c
         if text_encoder_b is None:
             encoder_b = None
         elif Path(text_encoder_b) != Path(text_encoder_c):
             encoder_b = load_text_encoder(text_encoder_b, device, dtype)
-        return cls(
+        model = cls(
             stage_a=load_stage_a(stage_a, device, dtype),
-            stage_b=load_stage_b(stage_b, device, dtype),
-            stage_c=load_stage_c(stage_c, device, dtype),
+            stage_b=load_stage_b(stage_b, device, fast),
+            stage_c=load_stage_c(stage_c, device, fast),
             text_encoder_c=encoder_c,
             text_encoder_b=encoder_b,
             semantic_compressor=load_semantic_compressor(semantic_compressor, device, dtype),
             previewer=None if previewer is None else load_previewer(previewer, device, dtype),
         )
+        networks = [one for one in vars(model).values() if isinstance(one, nn.Module)]
+        if offload or offload is None and must_offload(networks, target):
+            return replace(model, offload=Offload(target))
+        for network in networks:
+            network.to(target)
+        return model
 
     @classmethod
-    def from_folder(cls, folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> "Wuerstchen":
+    def from_folder(
+        cls, folder: str | Path, device="cpu", dtype: torch.dtype | None = None, offload: bool | None = False
+    ) -> "Wuerstchen":
         """A folder that holds the whole set under the names of `SET`."""
-        return cls.from_files(**find_set(folder), device=device, dtype=dtype)
+        return cls.from_files(**find_set(folder), device=device, dtype=dtype, offload=offload)
 
     @classmethod
-    def mini(cls, device="cpu", dtype: torch.dtype = torch.float32) -> "Wuerstchen":
+    def mini(cls, device="cpu", dtype: torch.dtype | None = None) -> "Wuerstchen":
         """The model in the repository: emoji at 256x256."""
         return cls.from_folder(MINI, device, dtype)
 
@@ -305,6 +363,17 @@ class Wuerstchen:
     def defaults(self) -> Defaults:
         """The size and the guidance that suit this set."""
         return defaults_of(self.stage_c.config)
+
+    def compile(self) -> "Wuerstchen":
+        """The same set, whose Stages C, B and A run compiled (`torch.compile`, block by block; CUDA graphs on a GPU).
+
+        The first picture of a size, or of a batch, takes minutes longer on a CPU. Raises WuerstchenError where nothing
+        can be compiled.
+        """
+        if self.offload is not None:
+            raise WuerstchenError("compiled networks stay on the device: compile them, or offload them, not both")
+        compile_networks([self.stage_c, self.stage_b, self.stage_a])
+        return self
 
     @torch.inference_mode()
     def generate(
@@ -322,9 +391,13 @@ class Wuerstchen:
         cfg_b: float = STAGE_B.cfg,
         sampler: str = STAGE_C.sampler,
         schedule: str = STAGE_C.schedule,
+        schedule_b: str = STAGE_B.schedule,
+        cfg_interval: tuple[float, float] = STAGE_C.cfg_interval,
+        cfg_rescale: float = STAGE_C.cfg_rescale,
         image=None,
         denoise: float | None = None,
         seed_b: int | None = None,
+        tile: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Tensor:
         """Prompt, and a picture if there is one -> pictures (batch_size, height, width, 3) in [0, 1].
@@ -335,11 +408,18 @@ class Wuerstchen:
             batch_size: how many pictures; by default as many as `image` has, or one.
             cfg_c, cfg_b: strength of the guidance; 1 is off. Stage C's is by default that of `defaults`.
             seed_b: Stage B's seed, by default the same.
-            schedule: Stage C's.
+            sampler: of both stages.
+            schedule, schedule_b: where each stage's steps lie.
+            cfg_interval: the times, from 0 (picture) to 1 (noise), between which Stage C is guided; without guidance a
+                step is twice as fast.
+            cfg_rescale: against colours that Stage C's guidance makes too strong, 0 (off) to 1.
             image: what `as_images` takes: a tensor or array (H, W, C) or (B, H, W, C), or a PIL image; scaled to cover
                 the size asked for, and its middle used. Fewer than batch_size are used in turn.
             denoise: with an image, how much of it Stage C redraws: 0 (a variation: Stage B draws it anew) to 1 (all),
                 by default 0.6.
+            tile: pixels a side of the tiles of Stage A and of the windows of Stage B's attention, a multiple of 64 from
+                256 on; 0 is the whole picture. By default Stage A takes what memory allows, and Stage B 1024 where a
+                side has more than 1536 pixels.
             progress: called as (stage, step, steps) after each step.
 
         Raises:
@@ -349,6 +429,7 @@ class Wuerstchen:
         own = self.defaults
         geometry = Geometry(own.side if width is None else width, own.side if height is None else height)
         cfg_c = own.cfg if cfg_c is None else cfg_c
+        tiling.check_tile(tile)
         checks.text("prompt", prompt)
         checks.text("negative_prompt", negative_prompt)
         if progress is not None and not callable(progress):
@@ -363,40 +444,56 @@ class Wuerstchen:
         batch = checks.whole_number("batch_size", count if batch_size is None else batch_size, 1, MAX_BATCH)
         if batch % count:
             raise WuerstchenError(f"batch_size is {batch}, but image holds {count} pictures: leave batch_size out")
-        options_c = _options("c", steps_c, cfg_c, sampler, schedule, denoise, seed)
+        options_c = _options("c", steps_c, cfg_c, sampler, schedule, denoise, seed, cfg_interval, cfg_rescale)
         seed_b = seed if seed_b is None else checks.whole_number("seed_b", seed_b, MIN_SEED, MAX_SEED)
-        options_b = _options("b", steps_b, cfg_b, sampler, STAGE_B.schedule, STAGE_B.denoise, seed_b)
-        device = self.stage_c.projection.weight.device
+        options_b = _options("b", steps_b, cfg_b, sampler, schedule_b, STAGE_B.denoise, seed_b)
 
         def report(stage: str) -> Progress | None:
             return progress and (lambda step, steps, clean: progress(stage, step, steps))
 
-        text_c, text_b = self._read(prompt, negative_prompt, cfg_c != 1, cfg_b != 1)
+        text_c, text_b = self._read(prompt, negative_prompt, cfg_c != 1 and options_c.denoise > 0, cfg_b != 1)
         if image is None:
-            latent = torch.zeros(batch, self.stage_c.config.latent_channels, *geometry.stage_c, device=device)
+            latent = torch.zeros(batch, self.stage_c.config.latent_channels, *geometry.stage_c, device=self.device)
         else:
-            latent = compress(self.semantic_compressor, fit(image.to(device), geometry))
+            with self._at_work(self.semantic_compressor, self.stage_c):
+                latent = compress(self.semantic_compressor, fit(image.to(self.device), geometry))
             latent = latent.repeat(batch // count, 1, 1, 1)
-        semantic = sample_stage_c(self.stage_c, latent, text_c[0], text_c[-1], options_c, progress=report("Stage C"))
+        with self._at_work(self.stage_c, self.stage_b):
+            semantic = sample_stage_c(
+                self.stage_c, latent, text_c[0], text_c[-1], options_c, progress=report("Stage C")
+            )
         text, negative = [*text_b, None, None][:2]
-        latent = sample_stage_b(self.stage_b, semantic, geometry, text, negative, options_b, progress=report("Stage B"))
-        return decode(self.stage_a, latent, geometry)
+        with self._at_work(self.stage_b, self.stage_a):
+            latent = sample_stage_b(
+                self.stage_b, semantic, geometry, text, negative, options_b, tile=tile, progress=report("Stage B")
+            )
+        with self._at_work(self.stage_a):
+            return decode(self.stage_a, latent, geometry, tile=tile)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks compute."""
+        return self.stage_c.projection.weight.device if self.offload is None else self.offload.device
+
+    def _at_work(self, network: nn.Module, then: nn.Module | None = None) -> AbstractContextManager:
+        return nullcontext() if self.offload is None else self.offload(network, then)
 
     def _read(self, prompt: str, negative: str, guided_c: bool, guided_b: bool) -> tuple[list[Tensor], list[Tensor]]:
         """The states of the prompt and, with guidance, of the negative one; for Stage C, then for Stage B."""
 
-        def read(encoder: TextEncoder, guided: bool) -> list[Tensor]:
-            return list(encoder([prompt, negative] if guided else [prompt]).split(1))
+        def read(encoder: TextEncoder, guided: bool, then: nn.Module) -> list[Tensor]:
+            with self._at_work(encoder, then):
+                return list(self._encode(encoder, [prompt, negative] if guided else [prompt]).split(1))
 
         if self.text_encoder_b is self.text_encoder_c:
-            both = read(self.text_encoder_c, guided_c or guided_b)
+            both = read(self.text_encoder_c, guided_c or guided_b, self.stage_c)
             return both, both
-        text_b = [] if self.text_encoder_b is None else read(self.text_encoder_b, guided_b)
-        return read(self.text_encoder_c, guided_c), text_b
+        text_b = [] if self.text_encoder_b is None else read(self.text_encoder_b, guided_b, self.text_encoder_c)
+        return read(self.text_encoder_c, guided_c, self.stage_c), text_b
 
 
-def _options(stage: str, steps, cfg, sampler, schedule, denoise, seed) -> SamplingOptions:
+def _options(stage: str, steps, cfg, *others) -> SamplingOptions:
     """Of a stage, "c" or "b", whose own options carry its letter in `Wuerstchen.generate`."""
     checks.whole_number(f"steps_{stage}", steps, 1, MAX_STEPS)
     checks.real_number(f"cfg_{stage}", cfg, -MAX_CFG, MAX_CFG)
-    return SamplingOptions(steps, cfg, sampler, schedule, denoise, seed)
+    return SamplingOptions(steps, cfg, *others)

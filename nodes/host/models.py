@@ -17,7 +17,7 @@ from comfy.cli_args import LatentPreviewMethod, args
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...wuerstchen_core import WuerstchenError
+from ...wuerstchen_core import WuerstchenError, tiling
 from ...wuerstchen_core.checkpoints.load import METADATA_KEY, header_tensor, load_network, load_previewer
 from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW
 from ...wuerstchen_core.models.defaults import Defaults, defaults_of
@@ -255,7 +255,7 @@ class StageC(Wuerstchen):
     STAGE, AREA = "Stage C", 8 * 3 / 128
     SOURCES = "Würstchen Empty Latent or Würstchen Semantic Compress"
     diffusion_model: HostedPrior
-    NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 21_000, 120_000
+    NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 17_000, 120_000
 
     def extra_conds(self, noise=None, cross_attn=None, **kwargs):
         refuse_unread(kwargs)
@@ -279,7 +279,7 @@ class StageB(Wuerstchen):
     STAGE, AREA = "Stage B", 8 / 4
     SOURCES = "Würstchen Stage B Conditioning or Würstchen VQGAN Encode"
     diffusion_model: HostedDiffNeXt
-    NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 1_200, 210_000
+    NUMBERS_PER_POSITION, NUMBERS_PER_TOKEN = 750, 210_000
 
     def extra_conds(self, noise=None, cross_attn=None, prompt_type="", latent_image=None, **kwargs):
         refuse_unread(kwargs)
@@ -329,7 +329,8 @@ class StageB(Wuerstchen):
 
     def condition(self, x, dtype, text, semantic):
         size = [padded(side) for side in x.shape[-2:]]
-        return self.diffusion_model.condition(semantic.to(x.device, dtype), text, size)
+        window = tiling.attention_window(*size)
+        return self.diffusion_model.condition(semantic.to(x.device, dtype), text, size, window)
 
 
 class StagePatcher(ModelPatcher):

@@ -8,10 +8,11 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import ModelPatcher, create_model_options_clone, set_model_options_post_cfg_function
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...wuerstchen_core.diffusion.guidance import rescale
 from ...wuerstchen_core.diffusion.options import SamplingOptions
 from ...wuerstchen_core.diffusion.samplers import SAMPLERS, predict_noise, signal_at
 from ...wuerstchen_core.diffusion.schedule import add_noise, sampling_times
@@ -52,9 +53,8 @@ def sample(
             )
         else:
             callback = with_previews(callback, previewer, options.steps)
-    guider = comfy.samplers.CFGGuider(model)
+    guider = Guider(model, options)
     guider.set_conds(positive, negative)
-    guider.set_cfg(options.cfg)
     sampled = guider.sample(
         source()(),
         latent,
@@ -75,8 +75,31 @@ def sigmas(model: ModelPatcher, times: list[float]) -> Tensor:
     return torch.cat([steps, torch.zeros(1)])
 
 
+class Guider(comfy.samplers.CFGGuider):
+    """ComfyUI's classifier-free guidance, at the times and rescaled as the core's options say."""
+
+    def __init__(self, model: ModelPatcher, options: SamplingOptions):
+        super().__init__(model)
+        self.options = options
+        if options.cfg_rescale:
+            changed = create_model_options_clone(self.model_options)
+            self.model_options = set_model_options_post_cfg_function(changed, self.rescaled)
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006
+        low, high = self.options.cfg_interval
+        guided = low <= model_options["transformer_options"][TIME] <= high
+        self.set_cfg(self.options.cfg if guided else 1.0)
+        return super().predict_noise(x, timestep, model_options, seed)
+
+    def rescaled(self, told: dict) -> Tensor:
+        """What other nodes left of the guided clean latent, last of all."""
+        if told["cond_scale"] == 1:
+            return told["denoised"]
+        return rescale(told["denoised"], told["cond_denoised"], self.options.cfg_rescale)
+
+
 class CoreSampler(comfy.samplers.Sampler):
-    """A sampler of the core by its name. It ends, as the core does, at time 0, where alpha_bar is 0.9999.
+    """A sampler of the core by its name.
 
     source() -> a source of noise, whose first is the one that the run starts with.
     """

@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...wuerstchen_core import WuerstchenError
+from ...wuerstchen_core import WuerstchenError, tiling
 from ...wuerstchen_core.checkpoints.load import (
     METADATA_KEY,
     header_tensor,
@@ -87,13 +87,16 @@ class VAE(comfy.sd.VAE):
 
 
 class RawVQGAN(VQGAN):
-    """Stage A with latents as they come from it, not divided by its scale factor: ComfyUI's convention."""
+    """Stage A with latents as they come from it, not divided by its scale factor: ComfyUI's convention.
+
+    Where memory is short it works in tiles, with the same result.
+    """
 
     def encode(self, image: Tensor) -> Tensor:
-        return super().encode(image) * self.config.scale_factor
+        return tiling.encode(self, image) * self.config.scale_factor
 
     def decode(self, latent: Tensor) -> Tensor:
-        return super().decode(latent / self.config.scale_factor)
+        return tiling.decode(self, latent / self.config.scale_factor)
 
 
 class StageAVAE(VAE):
@@ -104,8 +107,14 @@ class StageAVAE(VAE):
         dtype = management.vae_dtype(management.vae_device(), [torch.float16, torch.bfloat16])
         network = load_network("stage_a", path, management.vae_offload_device(), dtype, network=RawVQGAN)
         super().__init__(network, dtype)
-        self.memory_used_encode = lambda shape, dtype: 4 * 1024 * shape[2] * shape[3]
-        self.memory_used_decode = lambda shape, dtype: 64 * 1024 * shape[2] * shape[3]
+        self.memory_used_encode = lambda shape, dtype: self._memory(shape[2] * shape[3] // self.RATIO**2, dtype)
+        self.memory_used_decode = lambda shape, dtype: self._memory(shape[2] * shape[3], dtype)
+
+    def _memory(self, positions: int, dtype: torch.dtype) -> int:
+        """Bytes for a picture: never more than tiles need, so that no other network has to make room for more."""
+        picture = positions * 3 * self.RATIO**2 * dtype.itemsize
+        whole = positions * tiling.working_memory(self.first_stage_model.config, dtype.itemsize)
+        return picture + min(whole, 2 * tiling.TILE_MEMORY)
 
     def get_sd(self):
         return {**super().get_sd(), METADATA_KEY: header_tensor(self.first_stage_model)}

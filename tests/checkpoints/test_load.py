@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import wuerstchen_core as w
 from tests.checkpoints.published import LOADERS, as_published, prior, write
-from wuerstchen_core.reports.benchmark import peak_growth
+from wuerstchen_core.reports.memory import peak_growth
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak of resident memory")

@@ -44,6 +44,9 @@ PROGRAMS = {
     "OneTrainer": (flat("lora_prior_unet_"), ("lora_down", "lora_up"), False),
     "OneTrainer, older": (flat("lora_prior_prior_"), ("lora_down", "lora_up"), False),
     "OneTrainer, of diffusers' names": (lambda module: f"prior.{module}", ("lora_A", "lora_B"), False),
+    "OneTrainer, as ComfyUI's": (lambda module: f"diffusion_model.{module}", ("lora_A", "lora_B"), False),
+    "OneTrainer, as kohya's": (flat("lora_unet_"), ("lora_down", "lora_up"), False),
+    "OneTrainer, its backups": (lambda module: f"prior.{module}", ("lora_down", "lora_up"), False),
     "OneTrainer, bare": (lambda module: module, ("lora_A", "lora_B"), False),
     "kohya": (flat("lora_unet_"), ("lora_down", "lora_up"), True),
     "ComfyUI": (lambda module: f"diffusion_model.{module}", ("lora_down", "lora_up"), True),
@@ -153,6 +156,15 @@ def test_other_kinds_of_adapters_are_named(tmp_path, kind):
     save_file({f"lora_unet_blocks_2_attention_to_q.{kind}": torch.ones(2, 32)}, tmp_path / "other.safetensors")
     with pytest.raises(w.WuerstchenError, match=rf"a LoRA of a kind that is not supported \(.{kind}\)"):
         w.load_lora(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("module", ["lora_unet_blocks_2_attention_to_q", "prior.blocks.2.attention.to_q"])
+@pytest.mark.parametrize("kind", ["hada_w1_a", "lokr_w2", "lokr_t2"])
+def test_inspect_says_what_another_kind_is(tmp_path, capsys, module, kind):
+    path = tmp_path / "other.safetensors"
+    save_file({f"{module}.{kind}": torch.ones(2, 32), f"{module}.alpha": torch.tensor(1.0)}, path)
+    assert main(["inspect", str(path)]) == 2
+    assert "this is a LoHa or LoKr, not a plain LoRA: try ComfyUI's own LoRA loaders" in capsys.readouterr().err
 
 
 def test_one_module_under_two_names_is_refused(tmp_path):

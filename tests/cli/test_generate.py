@@ -38,8 +38,44 @@ def test_a_picture_is_what_generate_returns_and_carries_how_it_was_made(generate
         assert picture.text["Description"].startswith("a pizza, 🍕\nnegative_prompt: cheese\n")
         told = json.loads(picture.text["wuerstchen"])
     again = {"negative_prompt": "cheese", "seed": 7, "steps_c": 2, "cfg_c": 2.0, "steps_b": 2, "cfg_b": 1.0}
-    again |= {"width": 264, "height": 256, "batch_size": 1, "sampler": "ddpm", "schedule": "even"}
+    again |= {"width": 264, "height": 256, "batch_size": 1, "sampler": "dpmpp_2m_sde", "schedule": "even"}
+    again |= {"schedule_b": "uneven", "cfg_interval": [0.0, 1.0], "cfg_rescale": 0.0}
     assert told == {"prompt": "a pizza, 🍕", **again, "device": "cpu", "model": tiny_folder.name}
+
+
+def test_windows_of_attention_can_be_set(generate, tiny):
+    size = ["--width", "512", "--height", "320"]
+    pictures = []
+    for tile in (0, 256):
+        assert generate("a cat", "-o", "p.png", "--tile", str(tile), *size) == 0
+        assert settings_of("p.png")["tile"] == tile
+        pictures.append(np.array(Image.open("p.png")))
+        expected = tiny.generate("a cat", width=512, height=320, tile=tile, steps_c=2, steps_b=2)[0]
+        assert np.array_equal(pictures[-1], (expected * 255).round().byte().numpy())
+    assert not np.array_equal(*pictures)
+
+
+def test_how_to_sample(generate, tiny):
+    """Each option reaches `generate`, under its own name."""
+    how = "--sampler ddim --schedule uneven --schedule-b even --cfg-interval 0.2 0.8 --cfg-rescale 0.5 --cfg-c 3"
+    assert generate("a cat", "-o", "p.png", *how.split()) == 0
+    asked = {"sampler": "ddim", "schedule": "uneven", "schedule_b": "even", "cfg_interval": (0.2, 0.8)}
+    asked |= {"cfg_rescale": 0.5, "cfg_c": 3.0, "steps_c": 2, "steps_b": 2}
+
+    def drawn(**options):
+        return (tiny.generate("a cat", **{**asked, **options})[0] * 255).round().byte().numpy()
+
+    written = np.array(Image.open("p.png"))
+    assert np.array_equal(written, drawn())
+    for name, other in {"sampler": "ddpm", "cfg_interval": (0, 1), "cfg_rescale": 0.0, "schedule": "even"}.items():
+        assert not np.array_equal(written, drawn(**{name: other})), name
+
+
+@pytest.mark.parametrize("wrong", ["--cfg-interval 0.8 0.2", "--cfg-interval 0 2", "--cfg-rescale 7", "--sampler lms"])
+def test_a_wrong_way_to_sample_is_one_line(generate, capsys, wrong):
+    assert generate("a cat", *wrong.split()) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and wrong.split()[0].strip("-").replace("-", "_") in message
 
 
 def test_a_batch_is_numbered(generate, capsys):
@@ -148,6 +184,9 @@ def test_other_commands_take_single_networks_too(tiny_folder, others, capsys):
         (["--negative", "caf\udce9"], "--negative is not UTF-8"),
         (["--lora", "text.png:inf"], "text.png"),
         (["-o", "x" * 240 + ".png"], "no picture can be written"),
+        (["--tile", "300"], "tile is 300"),
+        (["--tile", "64"], "tile is 64"),
+        (["--offload"], "offload is set, but the device is the CPU"),
         (["--device", "toaster"], "toaster"),
         (["--device", "meta"], "device 'meta'"),
         (["--stage-c", "none.safetensors"], "none.safetensors: there is no such file"),

@@ -1,9 +1,10 @@
 """A step of ComfyUI's KSampler beside one of the core's sampler, on the same network.
 
-    COMFYUI_DIR=... python -m tests.comfyui.benchmark [--side PIXELS] [--steps N] [--runs N]
+    COMFYUI_DIR=... python -m tests.comfyui.benchmark [--side PIXELS] [--steps N] [--runs N] [--depth N]
 
-The networks have the released sizes and random weights. Both sides run in turn in one process; what is printed is the
-median time of a step after the first, in which the text is read, and the ratio of the two.
+The networks have the released sizes and random weights; --depth takes fewer of their blocks. Both sides run in turn in
+one process; what is printed is the median time of a step after the first, in which the text is read, and the ratio of
+the two: of the time that passed, and of that which the process computed, which other processes disturb less.
 """
 
 import argparse
@@ -11,10 +12,10 @@ import importlib
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -26,23 +27,28 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512, metavar="PIXELS", help="of the picture (default: 512)")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="steps of a run (default: 5)")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="runs of each side (default: 3)")
+    parser.add_argument("--depth", type=int, metavar="N", help="blocks of Stage C, and most of a level of Stage B")
     options = parser.parse_args()
     if "COMFYUI_DIR" not in os.environ:
         parser.error("set COMFYUI_DIR to ComfyUI's folder")
     sys.argv = [sys.argv[0], "--cpu"]
     sys.path.insert(0, os.environ["COMFYUI_DIR"])
     importlib.import_module("comfy.options").enable_args_parsing()
-    load_diffusion = pack_module("nodes.host.models").load_diffusion
+    models = pack_module("nodes.host.models")
     for kind, sides in (("stage_c", stage_c), ("stage_b", stage_b)):
-        with tempfile.TemporaryDirectory() as folder:
-            model = load_diffusion(kind, random_weights(kind, Path(folder)))
-        times: dict[str, list[float]] = {"KSampler": [], "core": []}
+        models.load_network = random_network(options.depth)  # in the place of one from a file
+        model = models.load_diffusion(kind, None)
+        times: dict[str, list[tuple[float, float]]] = {"KSampler": [], "core": []}
         for _ in range(options.runs):
             for name, run in zip(times, sides(model, options.side, options.steps), strict=True):
                 times[name] += step_times(run)
-        host, core = (statistics.median(seconds) for seconds in times.values())
-        print(f"{kind}, {options.side}x{options.side}: KSampler {host:.3f} s, core {core:.3f} s a step, "
-              f"ratio {host / core:.3f}", flush=True)  # fmt: skip
+        (host, host_computed), (core, core_computed) = (
+            [statistics.median(seconds) for seconds in zip(*steps, strict=True)] for steps in times.values()
+        )
+        depth = "" if options.depth is None else f", depth {options.depth}"
+        print(f"{kind}{depth}, {options.side}x{options.side}: KSampler {host:.3f} s, core {core:.3f} s a step, ratio "
+              f"{host / core:.3f}; computing {host_computed:.3f} s and {core_computed:.3f} s, ratio "
+              f"{host_computed / core_computed:.3f}", flush=True)  # fmt: skip
 
 
 def pack_module(name: str):
@@ -53,37 +59,46 @@ def pack_module(name: str):
     return importlib.import_module(f"comfyui-wuerstchen.{name}")
 
 
-def random_weights(kind: str, folder: Path) -> Path:
-    import wuerstchen_core as w
-    from tests.reference import fill_zeros
-    from wuerstchen_core.models.stage_b import DiffNeXt
-    from wuerstchen_core.models.stage_c import Prior
+def random_network(depth: int | None):
+    """What builds a network of the pack's in the released size."""
+    loaded = pack_module("wuerstchen_core.reports.against_diffusers")
+    config_c = pack_module("wuerstchen_core.models.stage_c").StageCConfig()
+    config_b = pack_module("wuerstchen_core.models.stage_b").StageBConfig()
+    if depth is not None:
+        config_c = replace(config_c, depth=depth)
+        config_b = replace(config_b, blocks=tuple(min(depth, count) for count in config_b.blocks))
 
-    path = folder / f"{kind}.safetensors"
-    w.save(fill_zeros(Prior() if kind == "stage_c" else DiffNeXt()), path)
-    return path
+    def build(kind, path, device, dtype, network, operations):
+        with torch.device("meta"):
+            outline = network(config_c if kind == "stage_c" else config_b, operations)
+        network = loaded.filled(outline, dtype, device)
+        (network.out if kind == "stage_c" else network.clf)[1].weight.mul_(0.1)  # finite, as a trained one's noise
+        return network
+
+    return build
 
 
 def stage_c(model, side: int, steps: int) -> tuple[Run, Run]:
     """With guidance, as it is sampled."""
-    from wuerstchen_core import Geometry
-    from wuerstchen_core.pipeline import sample_stage_c
+    Geometry = pack_module("wuerstchen_core.geometry").Geometry
+    sample_stage_c = pack_module("wuerstchen_core.pipeline").sample_stage_c
 
     network = model.model.diffusion_model
     latent = torch.zeros(1, 16, *Geometry(side, side).stage_c)
     text, negative = torch.randn(2, 1, 77, network.config.text_width)
 
     def core(done):
-        sample_stage_c(network, latent, text, negative, steps=steps, cfg=4.0, progress=lambda *_: done())
+        sample_stage_c(
+            network, latent, text, negative, steps=steps, cfg=4.0, sampler="ddpm", progress=lambda *_: done()
+        )
 
     return ksampler(model, latent, [[text, {}]], [[negative, {}]], steps, cfg=4.0), core
 
 
 def stage_b(model, side: int, steps: int) -> tuple[Run, Run]:
     """Without guidance, as it is sampled."""
-    from wuerstchen_core import Geometry
-    from wuerstchen_core.pipeline import sample_stage_b
-
+    Geometry = pack_module("wuerstchen_core.geometry").Geometry
+    sample_stage_b = pack_module("wuerstchen_core.pipeline").sample_stage_b
     conditioned, pack = pack_module("nodes.stage_b").conditioned, pack_module("nodes.latents").pack
     geometry = Geometry(side, side)
     semantic = torch.randn(1, 16, *geometry.stage_c)
@@ -91,7 +106,7 @@ def stage_b(model, side: int, steps: int) -> tuple[Run, Run]:
 
     def core(done):
         network = model.model.diffusion_model
-        sample_stage_b(network, semantic, geometry, steps=steps, progress=lambda *_: done())
+        sample_stage_b(network, semantic, geometry, steps=steps, cfg=1.0, sampler="ddpm", progress=lambda *_: done())
 
     return ksampler(model, empty["samples"], positive, negative, steps, cfg=1.0), core
 
@@ -109,11 +124,11 @@ def ksampler(model, latent, positive, negative, steps: int, cfg: float) -> Run:
     return run
 
 
-def step_times(run: Run) -> list[float]:
-    """Seconds between the ends of a run's steps."""
-    ends: list[float] = []
-    run(lambda: ends.append(time.perf_counter()))
-    return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+def step_times(run: Run) -> list[tuple[float, float]]:
+    """Seconds between the ends of a run's steps: those that passed, and those that the process computed."""
+    ends: list[tuple[float, float]] = []
+    run(lambda: ends.append((time.perf_counter(), time.process_time())))
+    return [(later[0] - one[0], later[1] - one[1]) for one, later in pairwise(ends)]
 
 
 if __name__ == "__main__":

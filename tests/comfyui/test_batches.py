@@ -25,7 +25,7 @@ def test_a_seed_repeats_and_another_does_not(empty, stage_c, stage_b):
     assert first.equal(again) and not torch.allclose(first, other)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m_sde"])
 def test_a_picture_taken_out_of_a_batch_stays_itself(empty, stage_c, stage_b, sampler):
     whole, taken = empty(batch_size=3), {**empty(), "batch_index": [1]}  # as LatentFromBatch gives it
     batch, one = stage_c(whole, sampler=sampler), stage_c(taken, sampler=sampler)
@@ -87,7 +87,7 @@ def test_what_comes_in_stays_as_it_was(run, loaded, empty, stage_c, stage_b):
     assert image.equal(kept)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m_sde"])
 def test_only_what_the_mask_covers_is_drawn(run, loaded, stage_c, sampler):
     start = {**run("WuerstchenEmptyLatent", width=512, height=256, batch_size=2), "samples": noise(2, 16, 6, 12)}
     mask = torch.zeros(1, 1, 256, 512)

@@ -1,14 +1,11 @@
 """Precision, partial loading, memory estimates, previews and interruption."""
 
-import weakref
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.allocated import allocated
 from tests.comfyui.host import apart, load_set, noise
 from tests.reference import distance
 from wuerstchen_core import Geometry
@@ -78,40 +75,10 @@ def test_the_vaes_are_never_loaded_in_part(tinies):
     assert tinies.stage_a.disable_offload and tinies.semantic.disable_offload
 
 
-class Allocated(TorchDispatchMode):
-    """The most bytes that lie in storages at once, without those that were there before."""
+def step_of(network, geometry):
+    """A step with guidance."""
 
-    def __init__(self, network):
-        super().__init__()
-        self.bytes = self.most = 0
-        weights = (*network.parameters(), *network.buffers())
-        self.known = {id(weight.untyped_storage()): weight.untyped_storage() for weight in weights}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and id(storage) not in self.known:
-                self.known[id(storage)] = None
-                self.bytes += storage.nbytes()
-                self.most = max(self.most, self.bytes)
-                weakref.finalize(storage, self.freed, id(storage), storage.nbytes())
-        return result
-
-    def freed(self, key, nbytes):
-        self.bytes -= nbytes
-        del self.known[key]
-
-
-def allocated(network, geometry):
-    """The most bytes that a step with guidance holds beside the weights, as attention that keeps no scores does."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        torch.device("meta"),
-        torch.inference_mode(),
-        Allocated(network) as memory,
-    ):
-        patch.setattr(F, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
+    def step():
         tokens = torch.empty(2, 77, network.config.text_width)
         semantic, fine = torch.empty(2, 16, *geometry.stage_c), torch.empty(2, 4, *geometry.stage_a)
         if isinstance(network, Prior):
@@ -119,7 +86,8 @@ def allocated(network, geometry):
         else:
             condition, x = network.condition(semantic, tokens, fine.shape[-2:]), fine
         network.denoise(x, [row[:1] for row in network.modulate(torch.empty(12), torch.float32)], condition)
-    return memory.most
+
+    return step
 
 
 @pytest.mark.parametrize(
@@ -128,12 +96,12 @@ def allocated(network, geometry):
 def test_memory_estimates_are_what_the_released_stages_take(tinies, stage, kind, sides):
     """In float32, and with guidance, as ComfyUI asks for it."""
     with torch.device("meta"):
-        network = kind()
+        network = kind().eval()
     model = getattr(tinies, f"model_{stage}").model
     for side in sides:
         geometry = Geometry(side, side)
         shape = [2, *((16, *geometry.stage_c) if stage == "c" else (4, *geometry.stage_a))]
-        needed = allocated(network, geometry)
+        needed = allocated(network, step_of(network, geometry))
         assert needed <= model.memory_required(shape) <= 1.5 * needed
     longer = model.memory_required(shape, {"c_crossattn": [[1, 77, 32], [1, 154, 32]]})
     assert longer > model.memory_required(shape)

@@ -23,12 +23,15 @@ def stage_c(run, tinies, text):
 
 
 @pytest.mark.parametrize("options", [{}, {"sampler": "ddim"}, {"cfg": 1.0}, {"schedule": "uneven", "steps": 29},
-                                     {"denoise": 0.6}, {"denoise": 0.0}, {"steps": 160}])  # fmt: skip
+                                     {"denoise": 0.6}, {"denoise": 0.0}, {"steps": 160}, {"sampler": "dpmpp_2m"},
+                                     {"sampler": "dpmpp_2m_sde", "denoise": 0.7}, {"cfg_interval_high": 0.7},
+                                     {"cfg_interval_low": 0.5, "cfg_rescale": 0.6}, {"cfg_rescale": 1.0}])  # fmt: skip
 def test_stage_c_sampler_is_the_cores(tiny, stage_c, options):
     start = noise(2, 16, 6, 3)
-    options = {**C, **options}
     texts = [tiny.text_encoder_c([prompt]) for prompt in ("a cat", "a dog")]
-    expected = sample_stage_c(tiny.stage_c, start, *texts, **options)
+    core = {**C, **options}
+    core["cfg_interval"] = core.pop("cfg_interval_low", 0.0), core.pop("cfg_interval_high", 1.0)
+    expected = sample_stage_c(tiny.stage_c, start, *texts, **core)
     assert distance(stage_c({"samples": start}, **options)["samples"], expected) < ROUNDING
 
 
@@ -37,7 +40,7 @@ def test_a_picture_of_a_batch_is_itself_alone(stage_c, empty):
     assert distance(one["samples"], whole["samples"][1:2]) < ROUNDING
 
 
-@pytest.mark.parametrize("options", [{}, {"sampler": "ddim"}, {"cfg": 2.0}])
+@pytest.mark.parametrize("options", [{}, {"sampler": "ddim"}, {"cfg": 2.0}, {"schedule": "even"}])
 @pytest.mark.parametrize("with_text", [True, False])
 def test_stage_b_sampler_is_the_cores(run, tiny, tinies, text, options, with_text):
     semantic = noise(2, 16, 6, 6)
@@ -79,19 +82,47 @@ def test_a_seed_gives_the_picture_of_the_command_line(run, mini, minis):
     text = run("WuerstchenTextEncode", clip=minis.clip_c, text="fox in fluent style")
     nothing = run("WuerstchenTextEncode", clip=minis.clip_c, text="")
     latent = run("WuerstchenEmptyLatent", width=344, height=200, batch_size=1)
+    options = {"sampler": "dpmpp_2m_sde", "cfg_rescale": 0.5}
     latent = run("WuerstchenStageCSampler", model=minis.model_c, positive=text, negative=nothing, latent=latent,
-                 **{**C, "steps": 8})  # fmt: skip
-    latent = run("WuerstchenStageBSampler", model=minis.model_b, positive=text, latent=latent, **B)
+                 **{**C, **options, "steps": 8, "cfg_interval_high": 0.9})  # fmt: skip
+    latent = run("WuerstchenStageBSampler", model=minis.model_b, positive=text, latent=latent,
+                 **{**B, "sampler": "dpmpp_2m_sde"})  # fmt: skip
     image = run("WuerstchenVQGANDecode", vae=minis.stage_a, latent=latent)
-    expected = mini.generate("fox in fluent style", width=344, height=200, seed=3, steps_c=8, cfg_c=3.0, steps_b=4)
+    expected = mini.generate("fox in fluent style", width=344, height=200, seed=3, steps_c=8, cfg_c=3.0, steps_b=4,
+                             cfg_interval=(0.0, 0.9), **options)  # fmt: skip
     assert image.shape == expected.shape == (1, 200, 344, 3)
     assert psnr(image, expected) > 80
 
 
-def test_ksamplers_euler_is_the_cores_ddim_but_for_its_last_step(stage_c, ksampler, text, empty):
-    ours = stage_c(empty(), sampler="ddim", steps=30)
-    theirs = ksampler(empty(), negative=text("a dog"), seed=3, steps=30, cfg=3.0)
-    assert 1e-6 < apart(theirs, ours) < 0.02
+@pytest.mark.parametrize("theirs, ours", [("euler", "ddim"), ("dpmpp_2m", "dpmpp_2m")])
+def test_ksamplers_deterministic_samplers_are_the_cores(stage_c, ksampler, text, empty, theirs, ours):
+    ours = stage_c(empty(), sampler=ours, steps=30)
+    theirs = ksampler(empty(), sampler_name=theirs, negative=text("a dog"), seed=3, steps=30, cfg=3.0)
+    assert apart(theirs, ours) < 0.01
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m_sde", "dpmpp_2m", "euler"])
+def test_the_cores_samplers_are_comfyuis_given_the_same_noise(module, name):
+    from comfy.k_diffusion import sampling
+
+    from tests.reference import predictor, signal
+    from wuerstchen_core.diffusion.samplers import SAMPLERS
+    from wuerstchen_core.diffusion.schedule import sampling_times
+
+    times = sampling_times(9, "uneven")
+    sigmas = torch.tensor([*(((1 - signal(t)) / signal(t)) ** 0.5 for t in times[:-1]), 0.0], dtype=torch.float64)
+    start, *drawn = (noise(1, 4, 3, 3, seed=seed).double() for seed in range(10))
+
+    def denoiser(x, sigma, **extra):
+        t = times[(sigmas - sigma.flatten()[0]).abs().argmin()]
+        return x - sigma.view(-1, 1, 1, 1) * predictor(x * signal(t) ** 0.5, t)
+
+    draws, again = iter(drawn), iter(drawn)
+    more = {"noise_sampler": lambda *_: next(draws)} if name in ("ddpm", "dpmpp_2m_sde") else {}
+    theirs = getattr(sampling, f"sample_{name}")(denoiser, start / signal(1) ** 0.5, sigmas, disable=True, **more)
+    sampler = SAMPLERS["ddim" if name == "euler" else name]
+    ours = sampler(predictor, start, times, lambda: next(again), lambda state: None)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_the_scheduler_gives_the_cores_times(run, call, tinies, text, stage_c, empty):

@@ -1,22 +1,16 @@
-"""Schedule, samplers and guidance against formulas in float64 and diffusers' scheduler."""
+"""Schedule and guidance against formulas in float64."""
 
 import math
 from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDPMWuerstchenScheduler
 
-from tests.reference import predictor, signal
-from wuerstchen_core.diffusion.guidance import guide, keep_outside, prepare
-from wuerstchen_core.diffusion.samplers import sample_ddim, sample_ddpm
+from tests.reference import signal
+from wuerstchen_core.diffusion.guidance import guide, keep_outside, prepare, rescale, within
 from wuerstchen_core.diffusion.schedule import add_noise, alpha_bar, sampling_times
 from wuerstchen_core.models.stage_b import DiffNeXt, StageBConfig
 from wuerstchen_core.util.errors import WuerstchenError
-
-
-def ignore(state):
-    pass
 
 
 def test_alpha_bar_is_the_clamped_cosine():
@@ -53,74 +47,56 @@ def test_bad_options_are_named(options):
         sampling_times(**options)
 
 
-def test_ddpm_is_diffusers_scheduler():
-    times = sampling_times(9)
-    start = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    ours, theirs = (torch.Generator().manual_seed(2) for _ in range(2))
-    drawn = sample_ddpm(predictor, start, times, lambda: torch.randn(start.shape, generator=ours), ignore)
-
-    scheduler = DDPMWuerstchenScheduler()
-    scheduler.set_timesteps(timesteps=times)
-    x = start
-    for t in scheduler.timesteps[:-1]:
-        x = scheduler.step(predictor(x, t), t.expand(2), x, generator=theirs).prev_sample
-    torch.testing.assert_close(drawn, x, rtol=1e-5, atol=1e-5)
-
-
-def test_samplers_are_their_formulas_in_float64():
-    times = sampling_times(6, "uneven", denoise=0.9)
-    torch.manual_seed(3)
-    start = torch.randn(1, 2, 3, 3, dtype=torch.float64)
-    noises = [torch.randn_like(start) for _ in times]
-
-    ddpm, ddim = start, start
-    for t, u, z in zip(times, times[1:], noises, strict=False):
-        alpha = signal(t) / signal(u)
-        mean = (ddpm - (1 - alpha) * predictor(ddpm, t) / math.sqrt(1 - signal(t))) / math.sqrt(alpha)
-        spread = math.sqrt((1 - alpha) * (1 - signal(u)) / (1 - signal(t)))
-        ddpm = mean + (spread * z if u > 0 else 0)
-        e = predictor(ddim, t)
-        clean = (ddim - math.sqrt(1 - signal(t)) * e) / math.sqrt(signal(t))
-        ddim = math.sqrt(signal(u)) * clean + math.sqrt(1 - signal(u)) * e
-
-    draws = iter(noises)
-    ours = sample_ddpm(predictor, start, times, lambda: next(draws), ignore)
-    torch.testing.assert_close(ours, ddpm, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(sample_ddim(predictor, start, times, None, ignore), ddim, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("sampler", [sample_ddpm, sample_ddim])
-def test_a_perfect_predictor_leads_to_the_clean_latent(sampler):
-    clean, start = torch.full((1, 1, 2, 2), 0.7), torch.randn(1, 1, 2, 2)
-    seen = []
-
-    def oracle(x, t):
-        return (x - math.sqrt(signal(t)) * clean) / math.sqrt(1 - signal(t))
-
-    times = sampling_times(8)
-
-    def watch(state):
-        seen.append(state["step"])
-        assert set(state) == {"step", "t", "sigma", "x", "clean"} and state["t"] == times[state["step"] - 1]
-        at_t = signal(state["t"])
-        assert state["sigma"] == pytest.approx(math.sqrt((1 - at_t) / at_t))
-        torch.testing.assert_close(state["clean"], clean, rtol=0, atol=2e-3)
-        noise = oracle(state["x"], state["t"])
-        torch.testing.assert_close(
-            state["x"], math.sqrt(at_t) * state["clean"] + math.sqrt(1 - at_t) * noise, rtol=0, atol=1e-4
-        )
-
-    drawn = sampler(oracle, start, times, lambda: torch.randn(1, 1, 2, 2), watch)
-    assert seen == list(range(1, 9))
-    torch.testing.assert_close(drawn, clean, rtol=0, atol=0.05)  # alpha_bar(0) is 0.9999, not 1
-
-
 def test_guidance_goes_from_the_second_half_to_the_first():
     def halves(x, t):
         assert x.shape[0] == 4
         return torch.cat([torch.full((2, 1), 3.0), torch.full((2, 1), 1.0)])
 
     assert guide(halves, 4.0)(torch.zeros(2, 1), 0.5).tolist() == [[9.0], [9.0]]
+
+
+def test_guidance_in_an_interval_of_times_runs_the_conditional_half_alone_outside_of_it():
+    seen = []
+
+    def both(x, t):
+        seen.append((t, len(x)))
+        return torch.cat([torch.full((2, 1), 3.0), torch.full((2, 1), 1.0)])
+
+    def alone(x, t):
+        seen.append((t, len(x)))
+        return torch.full((2, 1), 3.0)
+
+    model = within((0.25, 0.5), guide(both, 4.0), alone)
+    given = {t: model(torch.zeros(2, 1), t)[0].item() for t in (0.75, 0.5, 0.3, 0.25, 0.2)}
+    assert given == {0.75: 3.0, 0.5: 9.0, 0.3: 9.0, 0.25: 9.0, 0.2: 3.0}
+    assert seen == [(0.75, 2), (0.5, 4), (0.3, 4), (0.25, 4), (0.2, 2)]
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_rescaled_guidance_has_the_conditional_deviation(share):
+    """By the formulas, for each picture of the batch on its own."""
+    torch.manual_seed(2)
+    x, t = torch.randn(2, 3, 4, 4, dtype=torch.float64), 0.8
+    conditional, unconditional = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64) * torch.tensor([1.0, 3.0]).view(
+        -1, 1, 1, 1
+    )
+    noise = guide(lambda x, t: torch.cat([conditional, unconditional]), 4.0, share)(x, t)
+
+    def clean(noise):
+        return (x - math.sqrt(1 - signal(t)) * noise) / math.sqrt(signal(t))
+
+    guided = clean(unconditional + 4.0 * (conditional - unconditional))
+    for ours, plain, wanted in zip(clean(noise), guided, clean(conditional), strict=True):
+        factor = share * (wanted.var() / plain.var()).sqrt() + 1 - share
+        torch.testing.assert_close(ours, plain * factor, rtol=1e-9, atol=1e-9)
+        if share == 1:
+            assert ours.std().item() == pytest.approx(wanted.std().item())
+
+
+def test_nothing_can_be_rescaled_to_nothing():
+    """A latent of one value has no deviation: it stays."""
+    flat = torch.full((1, 2, 3, 3), 0.5)
+    assert torch.equal(rescale(flat, torch.randn(1, 2, 3, 3), 1.0), flat)
 
 
 def test_outside_of_the_mask_the_model_sees_the_latent_with_noise():

@@ -16,19 +16,27 @@ MASKS = (0.1, 0.25, 0.5, 0.9)
 
 def by_hand(sampler, x, times, latent, mask, noises):
     """ComfyUI's inpainting, step by step: blended in, and the clean latent that comes out blended again."""
-    fixed = x
+    fixed, before = x, None
     for i, (t, u) in enumerate(zip(times, times[1:], strict=False)):
-        a, b = signal(t), signal(u)
+        a, b = signal(t), signal(u) if u > 0 else 1.0
         seen = mask * x + (1 - mask) * (math.sqrt(a) * latent + math.sqrt(1 - a) * fixed)
         clean = mask * (seen - math.sqrt(1 - a) * predictor(seen, t)) / math.sqrt(a) + (1 - mask) * latent
-        if sampler == "ddim":
-            x = math.sqrt(b) * clean + math.sqrt(1 - b) * (x - math.sqrt(a) * clean) / math.sqrt(1 - a)
+        aim = clean
+        if sampler.startswith("dpmpp") and before is not None and u > 0:  # the second order of DDIM and DDPM
+            aim = clean + (clean - before) * (log_snr(u) - log_snr(t)) / (log_snr(t) - log_snr(times[i - 1])) / 2
+        if sampler in ("ddim", "dpmpp_2m"):
+            x = math.sqrt(b) * aim + math.sqrt(1 - b) * (x - math.sqrt(a) * aim) / math.sqrt(1 - a)
         else:  # the posterior of DDPM, equation 7 of arXiv 2006.11239
             share = a / b
-            x = math.sqrt(b) * (1 - share) / (1 - a) * clean + math.sqrt(share) * (1 - b) / (1 - a) * x
+            x = math.sqrt(b) * (1 - share) / (1 - a) * aim + math.sqrt(share) * (1 - b) / (1 - a) * x
             if u > 0:
                 x = x + math.sqrt((1 - share) * (1 - b) / (1 - a)) * noises[i]
+        before = clean
     return x, clean
+
+
+def log_snr(t):
+    return math.log(signal(t) / (1 - signal(t)))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

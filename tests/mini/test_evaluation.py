@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from wuerstchen_core.mini.emoji import COLOURS, EmojiSet
-from wuerstchen_core.mini.evaluation import _psnr, evaluate
+from wuerstchen_core.mini.evaluation import evaluate, psnr
 
 
 def test_psnr_is_its_formula():
     truth = torch.zeros(2, 4, 4, 3)
     images = truth + torch.tensor([0.1, 0.01])[:, None, None, None]
-    assert _psnr(images, truth).tolist() == pytest.approx([20, 40], abs=1e-3)
+    assert psnr(images, truth).tolist() == pytest.approx([20, 40], abs=1e-3)
 
 
 def test_a_model_that_draws_what_is_asked_scores_full_marks(emoji, tiny, monkeypatch):

@@ -14,7 +14,7 @@ import wuerstchen_core as w
 from wuerstchen_core import pipeline
 from wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW, MINI
 from wuerstchen_core.mini import recipe
-from wuerstchen_core.mini.evaluation import _psnr
+from wuerstchen_core.mini.evaluation import psnr
 from wuerstchen_core.mini.samples import CAPTION, CFG, COLUMNS, PROMPTS, SIDE
 from wuerstchen_core.training.stages.previewer import small
 
@@ -56,7 +56,7 @@ def test_no_weight_is_out_of_range(model):
 @pytest.mark.parametrize("number", [0, 4])
 def test_it_draws_what_the_card_shows(model, number):
     picture = model.generate(PROMPTS[number], cfg_c=CFG)
-    assert _psnr(picture, card_sample(number)[None]).item() > 35
+    assert psnr(picture, card_sample(number)[None]).item() > 35
 
 
 def test_the_prompt_matters(model):
@@ -64,7 +64,7 @@ def test_the_prompt_matters(model):
     for seed in (1, 2):
         for number, other in ((4, 6), (6, 4)):
             picture = model.generate(PROMPTS[number], seed=seed, cfg_c=CFG)
-            own, rival = (_psnr(picture, card_sample(which)[None]).item() for which in (number, other))
+            own, rival = (psnr(picture, card_sample(which)[None]).item() for which in (number, other))
             assert own > rival + 3
 
 
@@ -73,9 +73,9 @@ def test_a_picture_survives_stage_a_and_its_variation(model):
     planes = sample.permute(0, 3, 1, 2)
     with torch.inference_mode():
         again = model.stage_a.decode(model.stage_a.encode(planes)).permute(0, 2, 3, 1).clamp(0, 1)
-    assert _psnr(again, sample).item() > 28
+    assert psnr(again, sample).item() > 28
     variation = model.generate("", image=sample, denoise=0.0)
-    assert _psnr(variation, sample).item() > 17
+    assert psnr(variation, sample).item() > 17
 
 
 def test_the_previewer_sees_more_than_one_colour_a_position(model):
@@ -83,7 +83,7 @@ def test_the_previewer_sees_more_than_one_colour_a_position(model):
     latent = pipeline.compress(model.semantic_compressor, samples)
     truth = rearrange(small(rearrange(samples, "b h w c -> b c h w")), "b c h w -> b h w c")
     linear = w.load_previewer(LINEAR_PREVIEW)
-    drawn, rough = (_psnr(pipeline.preview(network, latent), truth).mean() for network in (model.previewer, linear))
+    drawn, rough = (psnr(pipeline.preview(network, latent), truth).mean() for network in (model.previewer, linear))
     assert drawn > rough + 3
 
 

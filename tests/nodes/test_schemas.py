@@ -73,10 +73,14 @@ SIGNATURES = {  # inputs, then the types of the outputs, in order
     "WuerstchenTextEncode": ("clip text", "CONDITIONING"),
     "WuerstchenEmptyLatent": ("width height batch_size model?", "LATENT"),
     "WuerstchenSemanticCompress": ("vae image width height", "LATENT"),
-    "WuerstchenStageCSampler": (f"model positive negative latent {SAMPLING} schedule denoise preview?", "LATENT"),
+    "WuerstchenStageCSampler": (
+        f"model positive negative latent {SAMPLING} schedule denoise cfg_interval_low? cfg_interval_high? cfg_rescale? "
+        "preview?",
+        "LATENT",
+    ),
     "WuerstchenSemanticPreview": ("latent vae?", "IMAGE"),
     "WuerstchenStageBConditioning": ("latent positive? negative?", "CONDITIONING CONDITIONING LATENT"),
-    "WuerstchenStageBSampler": (f"model latent {SAMPLING} positive? negative? preview?", "LATENT"),
+    "WuerstchenStageBSampler": (f"model latent {SAMPLING} positive? negative? schedule? preview?", "LATENT"),
     "WuerstchenVQGANDecode": ("vae latent", "IMAGE"),
     "WuerstchenVQGANEncode": ("vae image", "LATENT"),
     "WuerstchenScheduler": ("model schedule steps denoise", "SIGMAS"),

@@ -8,7 +8,7 @@ from wuerstchen_core.workflow.graph import HOSTS, NOTE, PACK, Graph
 TOLD = {
     "prompt": "a cat", "negative_prompt": "a dog", "width": 344, "height": 200, "batch_size": 1, "seed": 7,
     "steps_c": 12, "cfg_c": 3.5, "steps_b": 5, "cfg_b": 1.0, "sampler": "ddim", "schedule": "uneven", "device": "cpu",
-    "model": "mini",
+    "model": "mini", "schedule_b": "even", "cfg_interval": [0.1, 0.9], "cfg_rescale": 0.25,
 }  # fmt: skip
 CASES = {
     "text": ({}, {}),
@@ -117,8 +117,9 @@ def test_all_settings_are_in_the_graph():
     [stage_c], [stage_b] = of_kind(graph, "WuerstchenStageCSampler"), of_kind(graph, "WuerstchenStageBSampler")
     [empty] = of_kind(graph, "WuerstchenEmptyLatent")
     expected = {"seed": 7, "steps": 12, "cfg": 3.5, "sampler": "ddim", "schedule": "uneven", "denoise": 1.0}
+    expected |= {"cfg_interval_low": 0.1, "cfg_interval_high": 0.9, "cfg_rescale": 0.25}
     assert expected.items() <= stage_c.items()
-    assert {"seed": 9, "steps": 5, "cfg": 2.0, "sampler": "ddim"}.items() <= stage_b.items()
+    assert {"seed": 9, "steps": 5, "cfg": 2.0, "sampler": "ddim", "schedule": "even"}.items() <= stage_b.items()
     assert empty == {"width": 344, "height": 200, "batch_size": 1}
     assert [node["value"] for node in of_kind(graph, "PrimitiveStringMultiline")] == ["a cat", "a dog"]
     assert len(of_kind(graph, "WuerstchenTextEncode")) == 4 and not graph.notes

@@ -55,8 +55,8 @@ def test_the_templates_are_read():
     asked = settings_of_graph(template(), "p.png")
     assert asked.settings == {
         "model": "mini", "prompt": "fox in fluent style", "negative_prompt": "", "width": 256, "height": 256,
-        "batch_size": 1, "seed": 1, "steps_c": 30, "cfg_c": 2.0, "sampler": "ddpm", "schedule": "even",
-        "steps_b": 12, "cfg_b": 1.0,
+        "batch_size": 1, "seed": 1, "steps_c": 12, "cfg_c": 2.0, "sampler": "dpmpp_2m_sde", "schedule": "even",
+        "steps_b": 5, "cfg_b": 1.0, "schedule_b": "uneven", "cfg_interval": [0.0, 1.0], "cfg_rescale": 0.0,
     }  # fmt: skip
     variation = settings_of_graph(template("image_variation"), "p.png").settings
     assert variation["denoise"] == 0 and variation["image"] == "example.png"

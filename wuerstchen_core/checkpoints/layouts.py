@@ -42,6 +42,7 @@ OTHERS_TOWERS = re.compile(r"visual|vision|conditioner|cond_stage_model")
 
 # Files that are easily taken for ours, the most particular first.
 FOREIGN = {
+    r"\.(?:hada|lokr)_[wt]\d": "a LoHa or LoKr, not a plain LoRA: try ComfyUI's own LoRA loaders",
     r"lora": "a LoRA, which changes a network and is none by itself (load_lora takes those of Stage C)",
     r"clip_txt_(?:pooled_)?mapper\.": "Stable Cascade's Stage C, another network than Würstchen v2's",
     r"pixels_mapper\.": "Stable Cascade's Stage B, another network than Würstchen v2's",

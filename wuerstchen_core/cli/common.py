@@ -20,6 +20,7 @@ def command(commands, name: str, run, help: str, add_help: bool = True) -> argpa
     return parser
 
 
+DTYPES = ("float32", "bfloat16", "float16")
 # What may take the place of a network of the set, by the names that `Wuerstchen.from_files` has.
 NETWORKS = {
     "stage_a": "Stage A",
@@ -39,15 +40,23 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         name = "text-encoder" if role == "text_encoder_c" else role.replace("_", "-")
         parser.add_argument(f"--{name}", dest=role, type=Path, metavar="FILE", help=f"{what} from a file instead")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="precision of all networks (default: float32, but for Stages C and B the one that is fast on the device)",
+    )
 
 
-def load_model(options: argparse.Namespace):
+def load_model(options: argparse.Namespace, offload: bool | None = False):
+    import torch
+
     from ..checkpoints.sets import MINI, find_set
     from ..pipeline import Wuerstchen
 
     check_device(options.device)
     paths: dict[str, Any] = find_set(MINI if options.model is None else options.model, given_networks(options))
-    return Wuerstchen.from_files(**paths, device=options.device)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    return Wuerstchen.from_files(**paths, device=options.device, dtype=dtype, offload=offload)
 
 
 def given_networks(options: argparse.Namespace) -> dict[str, Path]:
@@ -76,6 +85,11 @@ def check_png(path: Path) -> None:
     """Raises WuerstchenError where no picture can be written to `path`, so that it is known before one is drawn."""
     if path.suffix.lower() != ".png":
         raise WuerstchenError(f"{path}: pictures are written as PNG, so the name must end in .png")
+    check_file(path)
+
+
+def check_file(path: Path) -> None:
+    """Raises WuerstchenError where no file can be written to `path`."""
     if not path.absolute().parent.is_dir():
         raise WuerstchenError(f"{path.parent}: there is no such folder")
     if path.exists() and not path.is_file():
@@ -85,4 +99,4 @@ def check_png(path: Path) -> None:
         beside.touch()
         beside.unlink()
     except OSError as error:
-        raise WuerstchenError(f"{path}: no picture can be written there ({error.strerror})") from error
+        raise WuerstchenError(f"{path}: nothing can be written there ({error.strerror})") from error

@@ -24,6 +24,9 @@ DEFAULTS: dict[str, Any] = {
     "cfg_b": STAGE_B.cfg,
     "sampler": STAGE_C.sampler,
     "schedule": STAGE_C.schedule,
+    "schedule_b": STAGE_B.schedule,
+    "cfg_interval": STAGE_C.cfg_interval,
+    "cfg_rescale": STAGE_C.cfg_rescale,
 }
 
 
@@ -73,21 +76,55 @@ def add_commands(commands) -> None:
                 default = f"{SMALL.cfg:g} for the mini, {RELEASED.cfg:g} for the released weights"
             what = f"Stage {stage.upper()}: {about[name]} (default: {default})"
             generate.add_argument(f"--{name}-{stage}", type=type_, metavar=metavar, help=what)
-    for name, kind, metavar in (("seed", int, "N"), ("sampler", str, "NAME"), ("schedule", str, "NAME")):
-        default = getattr(STAGE_C, name)
-        what = ("Stage C: " if name == "schedule" else "") + f"{about[name]} (default: {default})"
-        generate.add_argument(f"--{name}", type=kind, metavar=metavar, help=what)
+    for flag, stage, defaults, kind, metavar in (
+        ("seed", "", STAGE_C, int, "N"),
+        ("sampler", "", STAGE_C, str, "NAME"),
+        ("schedule", "Stage C: ", STAGE_C, str, "NAME"),
+        ("schedule-b", "Stage B: ", STAGE_B, str, "NAME"),
+        ("cfg-rescale", "Stage C: ", STAGE_C, float, "SHARE"),
+    ):
+        name = flag.removesuffix("-b").replace("-", "_")
+        default = getattr(defaults, name)
+        what = f"{stage}{about[name]} (default: {default})"
+        generate.add_argument(f"--{flag}", type=kind, metavar=metavar, help=what)
     generate.add_argument("--seed-b", type=int, metavar="N", help="Stage B's seed (default: the same)")
+    low, high = STAGE_C.cfg_interval
+    generate.add_argument(
+        "--cfg-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help=f"Stage C: {about['cfg_interval']} (default: {low:g} {high:g})",
+    )
+    generate.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile Stages C, B and A first (torch.compile, which needs a C++ compiler): minutes, for faster steps",
+    )
+    generate.add_argument(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="side of Stage A's tiles and of the windows of Stage B's attention, a multiple of 64 from 256 on; 0: the "
+        "whole picture (default: Stage A as memory allows, Stage B 1024 where a side has more than 1536)",
+    )
     add_model(generate)
+    generate.add_argument(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        help="only the network at work is on the device (default: where it cannot hold all)",
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:
+    import torch
     from tqdm import tqdm
 
     from ..checkpoints.lora import load_lora
     from ..models.lora import apply_loras
     from ..pipeline import DENOISE
     from ..util.pictures import read_picture
+    from ..util.precision import dtype_of, name_of
     from ..workflow import png
 
     if options.source is not None:
@@ -102,17 +139,18 @@ def _generate(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in DEFAULTS}
     settings = {name: DEFAULTS[name] if value is None else value for name, value in settings.items()}
     check_text("--negative", settings["negative_prompt"])
-    if options.seed_b is not None:
-        settings["seed_b"] = options.seed_b
+    settings |= {name: value for name in ("seed_b", "tile") if (value := getattr(options, name)) is not None}
     if image is not None:
         settings["denoise"] = DENOISE if options.denoise is None else options.denoise
     chosen = [read_lora(text) for text in options.loras or ()]
     loras = [(load_lora(path), strength) for path, strength in chosen]
-    model = load_model(options)
+    model = load_model(options, options.offload)
     own = {"width": model.defaults.side, "height": model.defaults.side, "cfg_c": model.defaults.cfg}
     settings |= {name: value for name, value in own.items() if settings[name] is None}
     if options.source is not None:
         print(command_line(options, {name: value for name, value in settings.items() if value != DEFAULTS.get(name)}))
+    if options.compile:
+        model.compile()
     with tqdm(unit="step", leave=False) as bar, apply_loras(model.stage_c, loras):
 
         def show(stage: str, step: int, steps: int) -> None:
@@ -123,6 +161,8 @@ def _generate(options: argparse.Namespace) -> None:
 
         pictures = model.generate(options.prompt, **settings, image=image, progress=show)
     told = {"prompt": options.prompt, **settings, "device": options.device}
+    if dtype_of(model.stage_c) != torch.float32:
+        told["dtype"] = name_of(dtype_of(model.stage_c))
     told["model"] = "mini" if options.model is None else options.model.absolute().name
     if options.image is not None:
         told["image"] = options.image.name

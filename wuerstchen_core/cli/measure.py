@@ -1,9 +1,32 @@
 """`wuerstchen benchmark` and `wuerstchen cost`."""
 
 import argparse
+import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from .common import add_model, check_device, command, load_model
+from ..util.errors import WuerstchenError
+from .common import add_model, check_device, check_file, check_png, command, given_networks, load_model
+
+AGAINST: dict[str, dict[str, Any]] = {
+    "against": {"choices": ["diffusers"], "help": "time each stage beside its pipelines, in turn"},
+    "size": {"choices": ["v2", "mini"], "help": "of the networks (default: v2, the released one; or that of --model)"},
+    "width": {"type": int, "metavar": "PIXELS", "help": "multiple of 128 (default: 1024, of the mini 256)"},
+    "height": {"type": int, "metavar": "PIXELS", "help": "multiple of 128 (default: 1024, of the mini 256)"},
+    "batch": {"type": int, "nargs": "+", "metavar": "N", "help": "pictures at once, one or several sizes (default: 1)"},
+    "dtype": {"choices": ["float32", "float16", "bfloat16"], "help": "default: float32"},
+    "steps-c": {"type": int, "metavar": "N", "help": "of Stage C (default: 60, diffusers'; ours are timed, too)"},
+    "steps-b": {"type": int, "metavar": "N", "help": "of Stage B (default: 12, diffusers'; ours are timed, too)"},
+    "timed-steps": {
+        "type": int,
+        "metavar": "N",
+        "help": "steps of a run, from which a picture's time is extrapolated (default: 3)",
+    },
+    "full": {"action": "store_true", "default": None, "help": "instead, time every step"},
+    "plot": {"type": Path, "metavar": "FILE", "help": "a PNG file: time over batch size, by stage"},
+    "json": {"type": Path, "metavar": "FILE", "help": "the figures as JSON"},
+}
 
 
 def add_commands(commands) -> None:
@@ -15,8 +38,13 @@ def add_commands(commands) -> None:
         metavar="FILE",
         help="only load these files of weights, in any layout, and tell the time and the peak of memory (Linux)",
     )
-    benchmark.add_argument("--runs", type=int, default=3, metavar="N", help="pictures to draw (default: 3)")
+    benchmark.add_argument(
+        "--runs", type=int, default=3, metavar="N", help="pictures to draw, or runs of each side (default: 3)"
+    )
     add_model(benchmark)
+    against = benchmark.add_argument_group("beside diffusers, with random weights")
+    for name, options in AGAINST.items():
+        against.add_argument(f"--{name}", **options)
 
     cost = command(commands, "cost", _cost, "count parameters and operations, beside Stable Diffusion 2.1's")
     which = cost.add_mutually_exclusive_group()
@@ -31,6 +59,12 @@ def add_commands(commands) -> None:
 def _benchmark(options: argparse.Namespace) -> None:
     from ..reports.benchmark import benchmark, benchmark_loading
 
+    if options.against is not None:
+        _against_diffusers(options)
+        return
+    for name in AGAINST:
+        if getattr(options, name.replace("-", "_")) is not None:
+            raise WuerstchenError(f"--{name} is an option of the comparison: add --against diffusers")
     if options.load is None:
         lines = benchmark(lambda: load_model(options), options.runs)
     else:
@@ -40,16 +74,82 @@ def _benchmark(options: argparse.Namespace) -> None:
         print(line, flush=True)
 
 
-def _cost(options: argparse.Namespace) -> None:
+def _against_diffusers(options: argparse.Namespace) -> None:
+    import torch
+
+    from ..geometry import MAX_SIDE, Geometry
+    from ..pipeline import MAX_BATCH
+    from ..reports.against_diffusers import STEP, STEPS_B, STEPS_C, Task
+    from ..reports.benchmark import MAX_RUNS
+    from ..reports.comparison import compare, plot, table, write_json
+    from ..reports.diffusers_networks import require_diffusers
+    from ..reports.plots import plotted
+    from ..util.checks import whole_number
+
+    for name, given in {"load": options.load, **given_networks(options)}.items():
+        if given is not None:
+            raise WuerstchenError(
+                f"--{name.replace('_', '-')} is not for --against, which gives networks random weights: take --size or "
+                "--model for their sizes"
+            )
+    if options.size is not None and options.model is not None:
+        raise WuerstchenError("--size and --model are both sizes of the networks: give one")
+    if options.full and options.timed_steps is not None:
+        raise WuerstchenError("--full times every step: leave --timed-steps out")
+    side = 256 if options.size == "mini" else 1024
+    width, height = (
+        whole_number(f"--{name}", side if given is None else given, STEP, MAX_SIDE, multiple_of=STEP)
+        for name, given in (("width", options.width), ("height", options.height))
+    )
+    task = Task(
+        Geometry(width, height),
+        tuple(dict.fromkeys(whole_number("--batch", batch, 1, MAX_BATCH) for batch in options.batch or [1])),
+        getattr(torch, options.dtype or "float32"),
+        options.device,
+        _steps("--steps-c", options.steps_c, STEPS_C),
+        _steps("--steps-b", options.steps_b, STEPS_B),
+    )
+    timed = None if options.full else _steps("--timed-steps", options.timed_steps, 3)
+    runs = whole_number("--runs", options.runs, 1, MAX_RUNS)
+    check_device(options.device)
+    require_diffusers()
+    if options.json is not None:
+        check_file(options.json)
+    name, networks = _sizes(options)
+    with ExitStack() as files:
+        if options.plot is not None:
+            check_png(options.plot)
+            axes = files.enter_context(plotted(options.plot, panels=2))
+        figures = compare(networks, name, task, runs, timed, lambda what: print(what, file=sys.stderr, flush=True))
+        for line in table(figures):
+            print(line)
+        if options.json is not None:
+            write_json(figures, options.json)
+        if options.plot is not None:
+            plot(figures, axes)
+
+
+def _steps(option: str, given: int | None, default: int) -> int:
+    from ..diffusion.schedule import MAX_STEPS
+    from ..util.checks import whole_number
+
+    return whole_number(option, default if given is None else given, 1, MAX_STEPS)
+
+
+def _sizes(options: argparse.Namespace):
+    """What the networks are called, and they themselves, without weights."""
     from ..checkpoints.sets import MINI
-    from ..geometry import Geometry
-    from ..reports.cost import cost, outline, released
+    from ..reports.cost import outline, released
 
     if options.model is not None:
-        name, networks = str(options.model), outline(options.model)
-    elif options.size == "mini":
-        name, networks = "mini", outline(MINI)
-    else:
-        name, networks = "v2", released()
+        return str(options.model), outline(options.model)
+    return ("mini", outline(MINI)) if options.size == "mini" else ("v2", released())
+
+
+def _cost(options: argparse.Namespace) -> None:
+    from ..geometry import Geometry
+    from ..reports.cost import cost
+
+    name, networks = _sizes(options)
     for line in cost(networks, name, Geometry(options.width, options.height), options.steps_c, options.steps_b):
         print(line, flush=True)

@@ -3,7 +3,10 @@
 import argparse
 from pathlib import Path
 
+from ..diffusion.options import STAGE_C, SamplingOptions
 from ..util.atomic import replacing
+from ..util.checks import whole_number
+from ..util.errors import WuerstchenError
 from .common import add_model, check_png, command, load_model
 
 
@@ -31,6 +34,19 @@ def add_evaluate_command(commands) -> None:
         "--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file"
     )
     add_model(evaluate)
+
+    sweep = command(commands, "sweep", _sweep, "compare samplers, schedules and steps on the emoji data set")
+    sweep.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
+    sweep.add_argument("--stage", choices=["c", "b"], default="c", help="Stage C (default) or Stage B")
+    sweep.add_argument("--samplers", nargs="+", default=["ddpm", "dpmpp_2m_sde"], metavar="NAME", help="to compare")
+    sweep.add_argument("--schedules", nargs="+", default=["even"], metavar="NAME", help="to compare")
+    sweep.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 30], metavar="N", help="to compare")
+    sweep.add_argument("--count", type=int, default=12, metavar="N", help="prompts or pictures (default: 12)")
+    sweep.add_argument("--draws", type=int, default=4, metavar="N", help="of each of them (default: 4)")
+    sweep.add_argument("--cfg", type=float, default=STAGE_C.cfg, metavar="S", help="Stage C: strength of the guidance")
+    sweep.add_argument("--reference", type=int, default=200, metavar="N", help="steps to compare with (default: 200)")
+    sweep.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON; a plot of its name beside it")
+    add_model(sweep)
 
 
 def _build_emoji(options: argparse.Namespace) -> None:
@@ -68,3 +84,30 @@ def _evaluate(options: argparse.Namespace) -> None:
         return
     for line in evaluate(load_model(options), emoji, options.count):
         print(line, flush=True)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from ..mini.emoji import EmojiSet
+    from ..mini.sweep import stage_b_draws, stage_c_draws
+    from ..reports.sweep import grid, plot, sweep, table, write_json
+
+    settings = grid(options.samplers, options.schedules, options.steps)
+    for setting in settings:
+        SamplingOptions(**vars(setting))
+    whole_number("--draws", options.draws, 2, 1000)
+    whole_number("--reference", options.reference, 1, 10_000)
+    if options.output.suffix != ".json":
+        raise WuerstchenError(f"{options.output}: --output takes a .json file")
+    emoji, model = EmojiSet(options.data), load_model(options)
+    if options.stage == "c":
+        draw, figures = stage_c_draws(model, emoji, options.count, options.draws, options.cfg)
+    else:
+        draw, figures = stage_b_draws(model, emoji, options.count, options.draws)
+    about = {name: getattr(options, name) for name in ("stage", "count", "draws", "cfg", "reference")}
+    rows: list[dict] = []
+    for row in sweep(draw, settings, figures, options.reference):
+        rows.append(row)
+        write_json(options.output, rows, about)
+        for line in list(table(rows))[0 if len(rows) == 1 else -1 :]:
+            print(line, flush=True)
+    plot(options.output.with_suffix(".png"), rows, f"Stage {options.stage.upper()}")

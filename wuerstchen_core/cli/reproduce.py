@@ -24,7 +24,7 @@ def fill_in(options: argparse.Namespace) -> None:
     if options.output.exists() and options.output.resolve() == source.resolve():
         raise WuerstchenError(f"{options.output}: it would take the place of the picture that is read: give another -o")
     for name, value in asked.settings.items():
-        if name in ("batch_number", "device") or getattr(options, name, None) is not None:
+        if name in ("batch_number", "device", "dtype") or getattr(options, name, None) is not None:
             continue
         if name in ("model", "image", *NETWORKS):
             value = None if (name, value) == ("model", "mini") else _found(value, _option(name), source)
@@ -47,7 +47,7 @@ def command_line(options: argparse.Namespace, settings: Mapping) -> str:
     """What to type for the same picture, without the one that was read; `settings` are those that are not defaults."""
     networks = {"model": options.model, "image": options.image, **given_networks(options)}
     given = {**settings, **{name: path for name, path in networks.items() if path is not None}}
-    words = [word for name, value in given.items() for word in _words(_option(name), str(value))]
+    words = [word for name, value in given.items() for word in _words(_option(name), value)]
     words += [word for lora in options.loras or () for word in _words("--lora", lora)]
     if options.device != "cpu":
         words += ["--device", options.device]
@@ -55,7 +55,10 @@ def command_line(options: argparse.Namespace, settings: Mapping) -> str:
     return shlex.join(["wuerstchen", "generate", *words, *["--"] * options.prompt.startswith("-"), options.prompt])
 
 
-def _words(option: str, value: str) -> list[str]:
+def _words(option: str, value) -> list[str]:
+    if isinstance(value, (list, tuple)):
+        return [option, *map(str, value)]
+    value = str(value)
     return [f"{option}={value}"] if value.startswith("-") else [option, value]
 
 

@@ -21,17 +21,39 @@ def prepare(network, condition, times: list[float], device, dtype: torch.dtype) 
     return model
 
 
-def guide(model: Model, cfg: float) -> Model:
-    """Classifier-free guidance (arXiv 2207.12598): lerp(unconditional, conditional, cfg).
+def guide(model: Model, cfg: float, rescaled: float = 0.0) -> Model:
+    """Classifier-free guidance (arXiv 2207.12598): lerp(unconditional, conditional, cfg), `rescaled` by this share.
 
     The model's condition holds the conditional half of the batch, then the unconditional one.
     """
 
     def guided(x: Tensor, t: float) -> Tensor:
         conditional, unconditional = model(torch.cat([x, x]), t).chunk(2)
-        return torch.lerp(unconditional, conditional, cfg)
+        noise = torch.lerp(unconditional, conditional, cfg)
+        if rescaled == 0:
+            return noise
+        signal = signal_at(t)
+        clean = rescale(predict_clean(x, noise, signal), predict_clean(x, conditional, signal), rescaled)
+        return predict_noise(x, clean, signal)
 
     return guided
+
+
+def within(interval: tuple[float, float], guided: Model, unguided: Model) -> Model:
+    """Guidance at the times of a closed interval only (arXiv 2404.07724)."""
+    low, high = interval
+    return lambda x, t: (guided if low <= t <= high else unguided)(x, t)
+
+
+def rescale(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """The guided clean latent (B, ...) with its standard deviation brought back to the conditional one's, by a share.
+
+    Source: arXiv 2305.08891, section 3.4, of the predicted clean latent.
+    """
+    axes = tuple(range(1, guided.dim()))
+    spread = guided.std(dim=axes, keepdim=True)
+    ratio = torch.where(spread > 0, conditional.std(dim=axes, keepdim=True) / spread, 1.0)
+    return guided * (1 - share + share * ratio)
 
 
 def keep_outside(model: Model, mask: Tensor, latent: Tensor, noise: Tensor) -> Model:

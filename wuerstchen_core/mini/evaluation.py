@@ -38,15 +38,15 @@ def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int) -> Iterator[str]:
     pictures = [emoji.draw(i, generator)[0] for i in generator.sample(range(len(emoji)), count)]
     trips = {"Stage A round trip": _through_a, "compress, Stage B, Stage A": _through_b}
     for name, trip in trips.items():
-        ratios = torch.cat([_psnr(trip(model, batch), batch) for batch in _batches(pictures, name)])
+        ratios = torch.cat([psnr(trip(model, batch), batch) for batch in _batches(pictures, name)])
         yield f"{name}: PSNR {ratios.mean():.2f} dB (lowest {ratios.min():.2f}, highest {ratios.max():.2f})"
-    references = torch.stack([_thumbnail(emoji.plain(i)) for i in tqdm(range(len(emoji)), desc="plain", leave=False)])
+    references = torch.stack([thumbnail(emoji.plain(i)) for i in tqdm(range(len(emoji)), desc="plain", leave=False)])
     prompted = generator.sample(range(len(emoji)), count)
     names = [plain_caption(emoji.entries[i]["name"], emoji.entries[i]["style"]) for i in prompted]
 
     def nearest(prompted: list[int], captions: list[str], name: str) -> list[bool]:
         images = _draw(model, captions, emoji.size, name)
-        return [_is_nearest(image, i, emoji, references) for i, image in zip(prompted, images, strict=True)]
+        return [is_nearest(image, i, emoji, references) for i, image in zip(prompted, images, strict=True)]
 
     hits = nearest(prompted, names, "text to picture")
     for style in dict.fromkeys(emoji.entries[i]["style"] for i in prompted):
@@ -87,7 +87,7 @@ def _geometry(images: Tensor) -> Geometry:
     return Geometry(width=images.shape[2], height=images.shape[1])
 
 
-def _psnr(images: Tensor, truth: Tensor) -> Tensor:
+def psnr(images: Tensor, truth: Tensor) -> Tensor:
     """(B, H, W, 3) in [0, 1] -> peak signal-to-noise ratio of each in dB (B,)"""
     return -10 * (images - truth).square().flatten(1).mean(dim=1).log10()
 
@@ -105,9 +105,9 @@ def _draw(model: Wuerstchen, captions: list[str], side: int, name: str) -> Itera
         yield from pipeline.decode(model.stage_a, latent, geometry)
 
 
-def _is_nearest(image: Tensor, i: int, emoji: EmojiSet, references: Tensor) -> bool:
+def is_nearest(image: Tensor, i: int, emoji: EmojiSet, references: Tensor) -> bool:
     """Whether no plain picture of its style is nearer to the image (H, W, 3) than that of emoji `i`."""
-    likeness = references @ _thumbnail(rearrange(image, "h w c -> c h w"))
+    likeness = references @ thumbnail(rearrange(image, "h w c -> c h w"))
     rivals = torch.tensor([entry["style"] == emoji.entries[i]["style"] for entry in emoji.entries])
     return bool(likeness[i] >= likeness[rivals].max())
 
@@ -121,7 +121,7 @@ def _background(image: Tensor) -> str:
     return min(names, key=lambda name: (colour - torch.tensor(names[name])).norm())
 
 
-def _thumbnail(picture: Tensor) -> Tensor:
+def thumbnail(picture: Tensor) -> Tensor:
     """(3, H, W) -> its 64x64 pixels as a unit vector"""
     small = F.interpolate(picture[None], size=(SIDE, SIDE), mode="area")
     return F.normalize(small.flatten(), dim=0)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,4 +60,4 @@ class Previewer(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """latent (B, 16, p, q) in Stage C's space -> picture (B, 3, 8p, 8q), about [0, 1] but not clamped"""
-        return self.layers(latent)
+        return self.layers(latent.contiguous(memory_format=torch.channels_last))

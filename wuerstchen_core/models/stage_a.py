@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import LayerNorm2d, to_planes, to_rows
+from .blocks import gelu, to_planes, to_rows
 from .config import check_config, require
 
 DISTANCES = 1 << 24  # between latents and codebook
+MLP_NUMBERS = 1 << 21  # that a block's MLP widens to at a time on a CPU
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,6 @@ class MixingBlock(nn.Module):
 
     def __init__(self, channels: int, operations=nn):
         super().__init__()
-        self.norm = LayerNorm2d()
         self.depthwise = nn.Sequential(
             nn.ReplicationPad2d(1), operations.Conv2d(channels, channels, 3, groups=channels)
         )
@@ -39,9 +40,25 @@ class MixingBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = self.gammas.to(x)
-        x = x + self.depthwise(self.norm(x) * (1 + scale_1) + shift_1) * gate_1
-        h = to_rows(self.norm(x) * (1 + scale_2) + shift_2)
-        return x + to_planes(self.channelwise(h)) * gate_2
+        x = to_rows(x)
+        mixed = self.depthwise(to_planes(_norm(x, scale_1, shift_1)))
+        x = torch.addcmul(x, to_rows(mixed), gate_1)
+        widen, _, narrow = self.channelwise
+
+        def mlp(rows: Tensor, out: Tensor | None = None) -> Tensor:
+            return torch.addcmul(rows, narrow(gelu(widen(_norm(rows, scale_2, shift_2)))), gate_2, out=out)
+
+        if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return to_planes(mlp(x))
+        for part in x.flatten(0, 2).split(max(1, MLP_NUMBERS // (4 * x.shape[-1]))):  # what is four times as wide
+            mlp(part, out=part)  # stays in the processor's cache
+        return to_planes(x)
+
+
+def _norm(rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """LayerNorm over the channels of (..., C), then * (1 + scale) + shift"""
+    channels = rows.shape[-1]
+    return F.layer_norm(rows, (channels,), (1 + scale).expand(channels), shift.expand(channels), eps=1e-6)
 
 
 class Codebook(nn.Module):

@@ -52,8 +52,9 @@ CONTEXT_LENGTH = 77  # of the zero states in the place of a text
 class StageBCondition(NamedTuple):
     """What Stage B takes from the semantic latent and the text, in the order of its blocks."""
 
-    shares: list  # of every ResBlock: (level's latent (B, h, w, 16), matrix (4C, 16), offset (4C,)), or None
+    shares: list  # of every ResBlock: (level's latent (B, h, w, K), matrix (4C, K)), or None
     contexts: list  # of every AttnBlock: keys and values, or None
+    windows: list  # of every AttnBlock: the side of the square that a position sees, or None
 
 
 class DiffNeXt(nn.Module):
@@ -110,28 +111,35 @@ class DiffNeXt(nn.Module):
             LayerNorm2d(), operations.Conv2d(widths[0], 2 * patch_channels, 1), nn.PixelShuffle(config.patch)
         )
 
-    def condition(self, semantic: Tensor, text: Tensor | None, size: Sequence[int]) -> StageBCondition:
-        """semantic (B, 16, p, q) raw features, text (B, L, text_width) or None, size (rows, columns) of x."""
+    def condition(
+        self, semantic: Tensor, text: Tensor | None, size: Sequence[int], window: int | None = None
+    ) -> StageBCondition:
+        """semantic (B, 16, p, q) raw features, text (B, L, text_width) or None, size (rows, columns) of x.
+
+        With a window, attention sees no farther than a square of this side, in positions of x, on all levels but the
+        deepest.
+        """
         if text is None and not self.config.text_absent:
             text = semantic.new_zeros(1, CONTEXT_LENGTH, self.config.text_width)
         if text is not None:
             text = F.layer_norm(self.clip_mapper(text), (self.config.condition_width,), eps=1e-6)
-        shares, contexts = [], []
+        shares, contexts, windows = [], [], []
         depth = len(self.config.widths)
         for i, blocks in enumerate((*self.down_blocks, *self.up_blocks)):
             level = min(i, 2 * depth - 1 - i)
             mapper = self.effnet_mappers[i]
             if mapper is not None:
                 level_size = [side // (self.config.patch << level) for side in size]
-                resized = to_rows(_resize(semantic, level_size))
+                resized = _with_one(to_rows(_resize(semantic, level_size)))
             for block in blocks:
                 if isinstance(block, ResBlock):
-                    shares.append(
-                        None if block.semantic is None else (resized, *_affine(mapper, block.semantic, resized))
-                    )
+                    semantic_part = block.semantic
+                    shares.append(semantic_part and (resized, _affine(mapper, semantic_part, semantic)))
                 elif isinstance(block, AttnBlock):
                     contexts.append(None if text is None else block.condition(text))
-        return StageBCondition(shares, contexts)
+                    near = window and level < depth - 1 and max(2, window // (self.config.patch << level))
+                    windows.append(near or None)
+        return StageBCondition(shares, contexts, windows)
 
     def modulate(self, t: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """t (N,) in [0, 1] -> scale and shift (N, 2C, 1, 1) of every timestep block, in `dtype`."""
@@ -140,18 +148,18 @@ class DiffNeXt(nn.Module):
 
     def denoise(self, x: Tensor, modulation: list[Tensor], condition: StageBCondition) -> Tensor:
         """x (B, 4, h, w), sides multiples of 16 -> the noise in it, the same shape."""
-        modulations, shares, contexts = iter(modulation), iter(condition.shares), iter(condition.contexts)
+        modulations, shares = iter(modulation), iter(condition.shares)
+        attention = zip(condition.contexts, condition.windows, strict=True)
 
         def run(blocks: nn.Module, h: Tensor, skip: Tensor | None = None) -> Tensor:
             for block in blocks.children():
                 if isinstance(block, ResBlock):
-                    share = next(shares)
-                    h = block(h, skip, None if share is None else F.linear(*share))
+                    h = block(h, skip, next(shares))
                     skip = None
                 elif isinstance(block, TimestepBlock):
                     h = block(h, next(modulations))
                 elif isinstance(block, AttnBlock):
-                    h = block(h, next(contexts))
+                    h = block(h, *next(attention))
                 else:
                     h = block(h)
             return h
@@ -193,14 +201,23 @@ def _resize(semantic: Tensor, size: list[int]) -> Tensor:
     return resized.to(semantic.dtype)
 
 
-def _affine(mapper: nn.Module, linear: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The 1x1 convolution and the Linear behind it as one affine map: 16 channels instead of the condition's width.
+def _with_one(rows: Tensor) -> Tensor:
+    """(B, h, w, C) -> (B, h, w, K): a channel of ones behind the others."""
+    return _padded(F.pad(rows, (0, 1), value=1.0))
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """Zeros behind the last dimension, up to the multiple of 8 that matrix units need."""
+    return F.pad(rows, (0, -rows.shape[-1] % 8))
+
+
+def _affine(mapper: nn.Module, linear: nn.Module, like: Tensor) -> Tensor:
+    """The 1x1 convolution and the Linear behind it as one matrix (4C, K), for latents `_with_one`.
 
     It is read off their outputs for zero and for the unit vectors, so that it holds for whatever a host puts in a
     layer's place (casting, offloading, patched weights).
     """
-    channels = like.shape[-1]
+    channels = like.shape[1]
     probe = torch.cat([torch.zeros(1, channels), torch.eye(channels)]).to(like)
     image = linear(to_rows(mapper(probe[:, :, None, None])))[:, 0, 0]
-    offset = image[0]
-    return (image[1:] - offset).T.contiguous(), offset
+    return _padded(torch.cat([image[1:] - image[0], image[:1]]).T)

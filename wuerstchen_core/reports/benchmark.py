@@ -1,9 +1,5 @@
 """How long a model takes to load and to draw, and the memory that it needs."""
 
-import ctypes
-import gc
-import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,7 +12,7 @@ from ..checkpoints.describe import describe
 from ..checkpoints.load import load_network, parts
 from ..pipeline import Wuerstchen
 from ..util.checks import whole_number
-from ..util.errors import WuerstchenError
+from .memory import peak, peak_growth
 
 MAX_RUNS = 1_000_000
 
@@ -36,8 +32,8 @@ def benchmark(load: Callable[[], Wuerstchen], runs: int) -> Iterator[str]:
         stages = ", ".join(f"{stage} {took:.2f} s" for stage, took in seconds.items())
         yield f"picture {run} {sum(seconds.values()):6.2f} s: {stages}"
     threads = f"{torch.get_num_threads()} threads"
-    peak = _peak()
-    yield threads if peak is None else f"peak memory {peak / 2**30:.2f} GiB, {threads}"
+    most = peak()
+    yield threads if most is None else f"peak memory {most / 2**30:.2f} GiB, {threads}"
 
 
 def benchmark_loading(path: Path, device="cpu") -> Iterator[str]:
@@ -54,44 +50,13 @@ def benchmark_loading(path: Path, device="cpu") -> Iterator[str]:
     del archive
     for kind in kinds:
         start = time.perf_counter()
-        peak, network = peak_growth(partial(load_network, kind, path, device, dtype=None))
+        growth, network = peak_growth(partial(load_network, kind, path, device, dtype=None))
         seconds = time.perf_counter() - start
         yield (
-            f"{path}: {kind} in {seconds:.2f} s, {size / 1e6:,.1f} MB, peak memory {peak / 1e6:,.1f} MB "
-            f"({peak / size:.2f} of the file)"
+            f"{path}: {kind} in {seconds:.2f} s, {size / 1e6:,.1f} MB, peak memory {growth / 1e6:,.1f} MB "
+            f"({growth / size:.2f} of the file)"
         )
         del network
-
-
-def peak_growth(work: Callable):
-    """Bytes by which resident memory grew at most while `work` ran, and what it returned.
-
-    Raises:
-        WuerstchenError: this is not Linux, which alone lets a process follow its peak.
-    """
-    try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what is taken
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    except (AttributeError, OSError, TypeError) as error:
-        raise WuerstchenError("the peak of memory can be measured on Linux only") from error
-    before = _resident("VmRSS")
-    result = work()
-    return _resident("VmHWM") - before, result
-
-
-def _peak() -> int | None:
-    """Bytes of resident memory that the process has had at most; None on Windows, which does not tell Python."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _resident(field: str) -> int:
-    return int(re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
 
 
 def _time_picture(model: Wuerstchen, seed: int) -> dict[str, float]:

@@ -25,6 +25,16 @@ def real_number(name: str, value: object, least: float, most: float) -> float:
     return float(value)
 
 
+def interval(name: str, value: object, least: float, most: float) -> tuple[float, float]:
+    """A lower and an upper bound, two numbers from `least` to `most`."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise WuerstchenError(f"{name} is {shown(value)}: it must be two numbers, the lower one first")
+    low, high = (real_number(name, number, least, most) for number in value)
+    if low > high:
+        raise WuerstchenError(f"{name} is from {low:g} to {high:g}: it must be two numbers, the lower one first")
+    return low, high
+
+
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
     """One of the texts of `choices`."""
     if not isinstance(value, str) or value not in choices:

@@ -6,6 +6,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+BLOCK = 32
+
 
 def cover(image: Tensor, height: int, width: int) -> Tensor:
     """image (B, H, W, C) -> (B, height, width, C): scaled to cover that size, its middle cut out.
@@ -25,21 +27,23 @@ def cover(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def _resample(planes: Tensor, dim: int, size: int, start: int, count: int) -> Tensor:
-    """Rows `start` to `start + count` of what antialiased bicubic scaling of a dimension to `size` would give."""
+    """Rows `start` to `start + count` of what antialiased bicubic scaling of a dimension to `size` would give.
+
+    BLOCK of them at a time are one matrix product with what lies under their taps.
+    """
     side = planes.shape[dim]
     step = side / size
     stretch = max(step, 1.0)
     centres = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * step
-    taps = torch.arange(math.ceil(4 * stretch) + 1)
-    index = (centres - 2 * stretch).floor().long()[:, None] + taps
-    weights = _keys((index + 0.5 - centres[:, None]).abs() / stretch) * ((index >= 0) & (index < side))
-    weights = (weights / weights.sum(dim=1, keepdim=True)).to(planes)
-    index = index.clamp(0, side - 1).to(planes.device)
-    shape = [-1 if i == dim else 1 for i in range(4)]
-    resampled = torch.zeros_like(planes.narrow(dim, 0, 1)).repeat_interleave(count, dim)
-    for column, weight in zip(index.T, weights.T, strict=True):
-        resampled.addcmul_(planes.index_select(dim, column), weight.reshape(shape))
-    return resampled
+    blocks = []
+    for some in centres.split(BLOCK):
+        first = max(0, math.floor(some[0] - 2 * stretch))
+        seen = torch.arange(first, min(side, math.ceil(some[-1] + 2 * stretch) + 1))
+        weights = _keys((seen + 0.5 - some[:, None]).abs() / stretch)
+        weights = (weights / weights.sum(dim=1, keepdim=True)).to(planes)
+        part = planes.narrow(dim, first, len(seen))
+        blocks.append(weights @ part if dim == 2 else part @ weights.T)
+    return torch.cat(blocks, dim)
 
 
 def _keys(distance: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ ROLES = {
 SLOTS = {"stage_c": 0, "text_encoder_c": 1, "stage_b": 2, "text_encoder_b": 3, "stage_a": 4, "semantic_compressor": 5}
 MADE_OF = {  # all that a graph can be made of; what else was asked for is told in the note
     "prompt", "negative_prompt", "width", "height", "batch_size", "seed", "seed_b", "steps_c", "cfg_c", "steps_b",
-    "cfg_b", "sampler", "schedule", "denoise", "device", "model", "image", "loras", "batch_number", *ROLES,
+    "cfg_b", "sampler", "schedule", "schedule_b", "cfg_interval", "cfg_rescale", "denoise", "tile", "dtype", "device",
+    "model", "image", "loras", "batch_number", *ROLES,
 }  # fmt: skip
 
 
@@ -71,6 +72,9 @@ def graph_of(told: Mapping, around: Circumstances = Circumstances()) -> Graph:
         sampler=told["sampler"],
         schedule=told["schedule"],
         denoise=told.get("denoise", 1.0),
+        cfg_interval_low=told["cfg_interval"][0],
+        cfg_interval_high=told["cfg_interval"][1],
+        cfg_rescale=told["cfg_rescale"],
     )
     if told["cfg_c"] == 0:
         graph.notes.append("Stage C was drawn with cfg 0, which means the model's own to *Würstchen Stage C Sampler*.")
@@ -84,6 +88,7 @@ def graph_of(told: Mapping, around: Circumstances = Circumstances()) -> Graph:
         sampler=told["sampler"],
         positive=positive_b,
         negative=negative_b,
+        schedule=told["schedule_b"],
     )
     picture = graph.add("WuerstchenVQGANDecode", vae=networks["stage_a"], latent=latent[0])
     graph.add("SaveImage", images=picture[0], filename_prefix="Wuerstchen")

@@ -37,7 +37,9 @@ def write(picture, path: Path, told: Mapping, graph: Graph) -> None:
 
 
 def _readable(told: Mapping) -> str:
-    shown = {name: ", ".join(value) if isinstance(value, list) else value for name, value in told.items()}
+    shown = {
+        name: ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value for name, value in told.items()
+    }
     return "\n".join(
         [told["prompt"], *(f"{name}: {value}" for name, value in shown.items() if name != "prompt" and value != "")]
     )

@@ -15,9 +15,15 @@ from ..util.errors import WuerstchenError
 from .drawing import ROLES, SLOTS
 
 TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("prompt", "negative_prompt", "sampler", "schedule", "device", "model", "image", *ROLES), str),
-    **dict.fromkeys(("width", "height", "batch_size", "seed", "seed_b", "steps_c", "steps_b", "batch_number"), int),
-    **dict.fromkeys(("cfg_c", "cfg_b", "denoise"), (int, float)),
+    **dict.fromkeys(
+        ("prompt", "negative_prompt", "sampler", "schedule", "schedule_b", "device", "dtype", "model", "image", *ROLES),
+        str,
+    ),
+    **dict.fromkeys(
+        ("width", "height", "batch_size", "seed", "seed_b", "steps_c", "steps_b", "batch_number", "tile"), int
+    ),
+    **dict.fromkeys(("cfg_c", "cfg_b", "cfg_rescale", "denoise"), (int, float)),
+    "cfg_interval": list,
     "loras": list,
 }
 FILES = ("model", "image", *ROLES)
@@ -184,12 +190,18 @@ class _Reader:
             scheduler = self._value(node, "scheduler", str)
             if scheduler != "simple":
                 raise self._refuse(f"its KSampler spaces the steps by {scheduler}; generate has those of simple only")
+            self.settings["schedule" if stage == "c" else "schedule_b"] = "even"
             self.asked.remarks.append(
                 f"Stage {stage.upper()} was drawn by KSampler, whose last step and later noise are its own: this will "
                 "be near it or, where the sampler adds noise, another picture of the same prompt"
             )
         elif stage == "c":
             self.settings["schedule"] = self._value(node, "schedule", str)
+            if "cfg_interval_low" in node.inputs:
+                self.settings["cfg_interval"] = [self._number(node, f"cfg_interval_{end}") for end in ("low", "high")]
+                self.settings["cfg_rescale"] = self._number(node, "cfg_rescale")
+        elif "schedule" in node.inputs:
+            self.settings["schedule_b"] = self._value(node, "schedule", str)
         seed, cfg = self._number(node, "seed", int), self._number(node, "cfg")
         self.settings["seed_b" if stage == "b" else "seed"] = seed
         if stage == "c" and self.settings["seed_b"] == seed:
