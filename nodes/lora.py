@@ -6,10 +6,10 @@ from . import host, sockets
 class WuerstchenLoadLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return sockets.schema(
+            "lora loader, style",
             node_id="WuerstchenLoadLoRA",
             display_name="Würstchen Load LoRA",
-            category=sockets.CATEGORY,
             description="Applies a LoRA to Stage C. Several of these nodes in a row add up. ComfyUI's own LoRA loaders "
             "work too, but do not read an alpha that is in a file's metadata.",
             inputs=[
@@ -42,6 +42,10 @@ class WuerstchenLoadLoRA(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file, **others):
         return host.fingerprints.of_files(lora=file)
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        return host.folders.what_is_missing(lora=file)
 
     @classmethod
     def execute(cls, model, file: str, strength: float) -> io.NodeOutput:

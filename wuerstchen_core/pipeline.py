@@ -29,11 +29,12 @@ from .checkpoints.sets import MINI, find_set
 from .diffusion.guidance import guide, keep_outside, prepare, within
 from .diffusion.inputs import check_latent, checked_mask, join_texts, shape_text
 from .diffusion.noise import noise_source
-from .diffusion.options import MAX_CFG, STAGE_B, STAGE_C, SamplingOptions
+from .diffusion.options import MAX_CFG, MAX_SEED, MIN_SEED, STAGE_B, STAGE_C, SamplingOptions
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import MAX_STEPS, add_noise, sampling_times
 from .geometry import Geometry
 from .models.compiled import compile_networks
+from .models.defaults import Defaults, defaults_of
 from .models.previewer import Previewer
 from .models.semantic_compressor import SemanticCompressor
 from .models.stage_a import VQGAN
@@ -358,6 +359,11 @@ class Wuerstchen:
         """The model in the repository: emoji at 256x256."""
         return cls.from_folder(MINI, device, dtype)
 
+    @property
+    def defaults(self) -> Defaults:
+        """The size and the guidance that suit this set."""
+        return defaults_of(self.stage_c.config)
+
     def compile(self) -> "Wuerstchen":
         """The same set, whose Stages C, B and A run compiled (`torch.compile`, block by block; CUDA graphs on a GPU).
 
@@ -375,12 +381,12 @@ class Wuerstchen:
         prompt: str,
         *,
         negative_prompt: str = "",
-        width: int = 256,
-        height: int = 256,
+        width: int | None = None,
+        height: int | None = None,
         batch_size: int | None = None,
         seed: int = STAGE_C.seed,
         steps_c: int = STAGE_C.steps,
-        cfg_c: float = STAGE_C.cfg,
+        cfg_c: float | None = None,
         steps_b: int = STAGE_B.steps,
         cfg_b: float = STAGE_B.cfg,
         sampler: str = STAGE_C.sampler,
@@ -390,6 +396,7 @@ class Wuerstchen:
         cfg_rescale: float = STAGE_C.cfg_rescale,
         image=None,
         denoise: float | None = None,
+        seed_b: int | None = None,
         tile: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Tensor:
@@ -397,9 +404,10 @@ class Wuerstchen:
 
         Args:
             prompt, negative_prompt: one text each; without guidance (cfg 1) the negative one is not used.
-            width, height: pixels, multiples of 8.
+            width, height: pixels, multiples of 8; by default those of `defaults`.
             batch_size: how many pictures; by default as many as `image` has, or one.
-            cfg_c, cfg_b: strength of the guidance; 1 is off.
+            cfg_c, cfg_b: strength of the guidance; 1 is off. Stage C's is by default that of `defaults`.
+            seed_b: Stage B's seed, by default the same.
             sampler: of both stages.
             schedule, schedule_b: where each stage's steps lie.
             cfg_interval: the times, from 0 (picture) to 1 (noise), between which Stage C is guided; without guidance a
@@ -418,7 +426,9 @@ class Wuerstchen:
             WuerstchenError: an option is of another type or out of its range, or contradicts another; before any
                 network runs.
         """
-        geometry = Geometry(width, height)
+        own = self.defaults
+        geometry = Geometry(own.side if width is None else width, own.side if height is None else height)
+        cfg_c = own.cfg if cfg_c is None else cfg_c
         tiling.check_tile(tile)
         checks.text("prompt", prompt)
         checks.text("negative_prompt", negative_prompt)
@@ -435,7 +445,8 @@ class Wuerstchen:
         if batch % count:
             raise WuerstchenError(f"batch_size is {batch}, but image holds {count} pictures: leave batch_size out")
         options_c = _options("c", steps_c, cfg_c, sampler, schedule, denoise, seed, cfg_interval, cfg_rescale)
-        options_b = _options("b", steps_b, cfg_b, sampler, schedule_b, STAGE_B.denoise, seed)
+        seed_b = seed if seed_b is None else checks.whole_number("seed_b", seed_b, MIN_SEED, MAX_SEED)
+        options_b = _options("b", steps_b, cfg_b, sampler, schedule_b, STAGE_B.denoise, seed_b)
 
         def report(stage: str) -> Progress | None:
             return progress and (lambda step, steps, clean: progress(stage, step, steps))
