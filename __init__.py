@@ -4,6 +4,8 @@ from comfy_api.latest import ComfyExtension
 
 from .nodes import NODES
 
+WEB_DIRECTORY = "./web"
+
 
 class WuerstchenExtension(ComfyExtension):
     async def get_node_list(self):

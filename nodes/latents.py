@@ -29,12 +29,15 @@ from . import host
 
 KEY = "wuerstchen"
 SEMANTIC = "wuerstchen_semantic"  # in a CONDITIONING for Stage B: Stage C's latent
+OPEN = (1, 1)  # rows and columns of an empty latent whose size its sampler chooses; no picture's are as few
+OPEN_KEY = "wuerstchen_open"
 
 NUMBER = 2.0**-100  # times a picture's number, it fills an empty latent: far below what noise can show
 
 SMALLEST_SIDE, LARGEST_SIDE = 128, 4096  # pixels
 LARGEST_EMPTY = 24  # positions of Stage C: 1024 pixels
 MOST_ENLARGED = 4  # times a side
+SIZE_IT = "set width and height of Würstchen Empty Latent, or link Stage C's MODEL to it"
 UNITS = "a position of Stage C is 42.67 pixels a side, not 8"
 PLACES_TRIED = 64
 MOST_PICTURES = 65_536
@@ -56,6 +59,37 @@ def picture_size(width: int, height: int) -> Geometry:
                 f"{name} is {side}: it must be a multiple of {STEP} from {SMALLEST_SIDE} to {LARGEST_SIDE}"
             )
     return Geometry(width, height)
+
+
+def picture_size_or(width: int, height: int, side: int | None) -> Geometry | None:
+    """The same where both sides may be 0, which is the model's own side; None where that is not known either."""
+    if not width and not height:
+        return None if side is None else picture_size(side, side)
+    if not width or not height:
+        name, other = ("width", "height") if not width else ("height", "width")
+        raise WuerstchenError(f"{name} is 0, the model's own size, but {other} is not: set both, or both to 0")
+    return picture_size(width, height)
+
+
+def open_latent(batch_size: int, channels: int) -> dict:
+    """An empty LATENT whose size Stage C's sampler chooses."""
+    return {"samples": torch.zeros(batch_size, channels, *OPEN), OPEN_KEY: True}
+
+
+def is_open(latent: dict) -> bool:
+    return latent.get(OPEN_KEY, False) or (tuple(latent["samples"].shape[-2:]) == OPEN and not latent["samples"].any())
+
+
+def sized(latent: dict, side: int) -> dict:
+    """An open LATENT as one of the model's own size; others as they are."""
+    if not is_open(latent):
+        return latent
+    batch, channels, *size = latent["samples"].shape
+    if tuple(size) != OPEN:
+        raise WuerstchenError(f"this latent was resized before it had a size: {SIZE_IT}")
+    geometry = Geometry(side, side)
+    rest = {name: value for name, value in latent.items() if name != OPEN_KEY}
+    return pack(torch.zeros(batch, channels, *geometry.stage_c), geometry, like=rest)
 
 
 def pack(samples: Tensor, geometry: Geometry, like: dict | None = None) -> dict:
@@ -110,6 +144,10 @@ def geometry_of_stage_c(latent: dict) -> Geometry:
     Raises WuerstchenError if it is larger than anybody can have meant, as where pixels were counted as in other models.
     """
     samples, noted = latent["samples"], latent.get(KEY)
+    if is_open(latent):
+        raise WuerstchenError(
+            f"this latent has no size yet, Stage C's sampler gives it one: draw it first, or {SIZE_IT}"
+        )
     rows, columns = samples.shape[-2:]
     largest = max(Geometry(LARGEST_SIDE, LARGEST_SIDE).stage_c)
     what = f"a latent of {rows}x{columns} is too large for Stage C"

@@ -6,10 +6,10 @@ from . import host, sockets
 class WuerstchenLoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return sockets.schema(
+            "load checkpoint, checkpoint loader, mini",
             node_id="WuerstchenLoadModel",
             display_name="Würstchen Load Model",
-            category=sockets.CATEGORY,
             description="Loads a whole set of Würstchen networks: the mini, or a folder in models/wuerstchen. The "
             "published weights are single files; use the loader of each network for them.",
             inputs=[
@@ -53,6 +53,10 @@ class WuerstchenLoadModel(io.ComfyNode):
         return host.fingerprints.of_set(model)
 
     @classmethod
+    def validate_inputs(cls, model=None):
+        return host.folders.what_is_missing_in_set(model)
+
+    @classmethod
     def execute(cls, model: str, weight_dtype: str = "default") -> io.NodeOutput:
         return io.NodeOutput(*host.loading.load_set(model, weight_dtype))
 
@@ -61,13 +65,14 @@ class FileLoader(io.ComfyNode):
     """One network from one file; a subclass names its kind."""
 
     KIND: str
+    SEARCH: str  # words to find the node by
 
     @classmethod
     def schema(cls, name: str, description: str, output: io.Output, *more: io.Input) -> io.Schema:
-        return io.Schema(
+        return sockets.schema(
+            cls.SEARCH,
             node_id=cls.__name__,
             display_name=f"Würstchen Load {name}",
-            category=sockets.CATEGORY,
             description=description,
             inputs=[file_input("file", cls.KIND), *more],
             outputs=[output],
@@ -76,6 +81,11 @@ class FileLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file, **others):
         return host.fingerprints.of_files(**{cls.KIND: file})
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        """Says before a run what ComfyUI would call a value not in the list."""
+        return host.folders.what_is_missing(**{cls.KIND: file})
 
 
 def file_input(name: str, kind: str) -> io.Input:
@@ -88,6 +98,7 @@ def file_input(name: str, kind: str) -> io.Input:
 
 class WuerstchenLoadStageA(FileLoader):
     KIND = "stage_a"
+    SEARCH = "vae loader, vqgan, cascade"
 
     @classmethod
     def define_schema(cls):
@@ -110,6 +121,7 @@ class DiffusionLoader(FileLoader):
 
 class WuerstchenLoadStageB(DiffusionLoader):
     KIND = "stage_b"
+    SEARCH = "unet loader, diffusion model, decoder, cascade"
 
     @classmethod
     def define_schema(cls):
@@ -126,6 +138,7 @@ class WuerstchenLoadStageB(DiffusionLoader):
 
 class WuerstchenLoadStageC(DiffusionLoader):
     KIND = "stage_c"
+    SEARCH = "unet loader, diffusion model, prior, cascade"
 
     @classmethod
     def define_schema(cls):
@@ -139,6 +152,7 @@ class WuerstchenLoadStageC(DiffusionLoader):
 
 class WuerstchenLoadTextEncoder(FileLoader):
     KIND = "text_encoder"
+    SEARCH = "clip loader, bigg, cascade"
 
     @classmethod
     def define_schema(cls):
@@ -159,6 +173,7 @@ class WuerstchenLoadTextEncoder(FileLoader):
 
 class WuerstchenLoadSemanticCompressor(FileLoader):
     KIND = "semantic_compressor"
+    SEARCH = "vae loader, effnet, efficientnet, img2img, previewer"
     LINEAR = "none: one colour a position"
 
     @classmethod
@@ -183,6 +198,10 @@ class WuerstchenLoadSemanticCompressor(FileLoader):
     @classmethod
     def fingerprint_inputs(cls, file, previewer=None, **others):
         return host.fingerprints.of_files(semantic_compressor=file, previewer=cls._named(previewer))
+
+    @classmethod
+    def validate_inputs(cls, file=None, previewer=None):
+        return host.folders.what_is_missing(semantic_compressor=file, previewer=cls._named(previewer))
 
     @classmethod
     def execute(cls, file: str, previewer: str | None = None) -> io.NodeOutput:

@@ -6,10 +6,10 @@ from . import host, sockets
 class WuerstchenLoadLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return sockets.schema(
+            "lora loader, style",
             node_id="WuerstchenLoadLoRA",
             display_name="Würstchen Load LoRA",
-            category=sockets.CATEGORY,
             description="Applies a LoRA to Stage C or Stage B. Several of these nodes in a row add up. ComfyUI's own "
             "LoRA loaders work too, but do not read an alpha that is in a file's metadata.",
             inputs=[
@@ -21,8 +21,7 @@ class WuerstchenLoadLoRA(io.ComfyNode):
                     "file",
                     options=list(host.folders.weight_files("lora")),
                     tooltip=f"A file in {host.folders.places('lora')}: a LoRA for Würstchen's Stage C, which diffusers "
-                    "calls the prior, or for Stage B. mini: few steps is the mini's own; with it, sample by lcm in 4 "
-                    "steps at cfg 1.",
+                    "calls the prior, or for Stage B. With that of a distilled network (few steps) sample by lcm, cfg 1.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -44,6 +43,10 @@ class WuerstchenLoadLoRA(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file, **others):
         return host.fingerprints.of_files(lora=file)
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        return host.folders.what_is_missing(lora=file)
 
     @classmethod
     def execute(cls, model, file: str, strength: float) -> io.NodeOutput:

@@ -7,10 +7,10 @@ from .stage_c import CHANNELS
 class WuerstchenSemanticPreview(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return sockets.schema(
+            "vae decode, preview latent, small picture",
             node_id="WuerstchenSemanticPreview",
             display_name="Würstchen Semantic Preview",
-            category=sockets.CATEGORY,
             description="Shows a latent of Stage C as a small picture, without running Stage B.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From a sampler with Stage C, or Würstchen Semantic Compress."),

@@ -8,10 +8,10 @@ from . import host, sockets
 class WuerstchenScheduler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return sockets.schema(
+            "sigmas, ksampler scheduler, basic scheduler, custom sampler",
             node_id="WuerstchenScheduler",
             display_name="Würstchen Scheduler",
-            category=sockets.CATEGORY,
             description="The times of Würstchen's own samplers as SIGMAS, for ComfyUI's SamplerCustomAdvanced.",
             inputs=[
                 io.Model.Input("model", tooltip="Stage C or Stage B."),

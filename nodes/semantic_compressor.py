@@ -8,10 +8,10 @@ from . import host, images, latents, sockets
 class WuerstchenSemanticCompress(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return sockets.schema(
+            "img2img, vae encode, image to latent, variation, cascade",
             node_id="WuerstchenSemanticCompress",
             display_name="Würstchen Semantic Compress",
-            category=sockets.CATEGORY,
             description="Turns a picture into the kind of small latent that Stage C makes from text, 42.67 times "
             "smaller a side. Stage B redraws the picture from it; Stage C can change it.",
             inputs=[
@@ -33,5 +33,5 @@ class WuerstchenSemanticCompress(io.ComfyNode):
     def execute(cls, vae, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:
         node = "Würstchen Semantic Compress"
         host.loading.require_semantic(vae, node)
-        geometry = latents.picture_size(width, height)
+        geometry = latents.picture_size_or(width, height, vae.defaults.side)
         return io.NodeOutput(latents.pack(vae.encode(fit(images.rgb(image, node), geometry)), geometry))

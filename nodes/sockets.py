@@ -5,10 +5,18 @@ from comfy_api.latest import io
 from ..wuerstchen_core.diffusion.options import SamplingOptions
 from ..wuerstchen_core.diffusion.samplers import SAMPLERS
 from ..wuerstchen_core.diffusion.schedule import SCHEDULES
+from ..wuerstchen_core.models.defaults import RELEASED, SMALL
 from .latents import LARGEST_SIDE, SMALLEST_SIDE
 
 CATEGORY = "Würstchen"
 WEIGHT_DTYPES = ("default", "fp16", "bf16", "fp8_e4m3fn")
+
+
+def schema(search: str, **fields) -> io.Schema:
+    """io.Schema in the pack's category; `search` are further words to find the node by, where ComfyUI knows of them."""
+    if "search_aliases" in io.Schema.__dataclass_fields__:  # newer than 0.3.64, which refuses unknown fields
+        fields["search_aliases"] = ["wuerstchen", "wurstchen", *search.split(", ")]
+    return io.Schema(category=CATEGORY, **fields)
 
 
 def weight_dtype_input() -> io.Input:
@@ -92,11 +100,22 @@ def size_inputs(what: str) -> list[io.Int.Input]:
     return [
         io.Int.Input(
             side,
-            default=256,
-            min=SMALLEST_SIDE,
+            default=0,
+            min=0,
             max=LARGEST_SIDE,
             step=8,
-            tooltip=f"{side.capitalize()} of {what} in pixels, a multiple of 8. The mini was trained at 256 x 256.",
+            tooltip=f"{side.capitalize()} of {what} in pixels, a multiple of 8 from {SMALLEST_SIDE}. 0: the model's "
+            f"own size, {SMALL.side} x {SMALL.side} for the mini and {RELEASED.side} x {RELEASED.side} for the "
+            "released weights.",
         )
         for side in ("width", "height")
     ]
+
+
+def preview_input() -> io.Input:
+    return io.Boolean.Input(
+        "preview",
+        default=False,
+        optional=True,
+        tooltip="Shows the picture while it is drawn, even where ComfyUI's own live preview is off.",
+    )

@@ -10,10 +10,10 @@ from . import host, images, latents, sockets
 class WuerstchenVQGANDecode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return sockets.schema(
+            "vae decode, stage a, latent to image",
             node_id="WuerstchenVQGANDecode",
             display_name="Würstchen VQGAN Decode",
-            category=sockets.CATEGORY,
             description="Stage A: turns a latent into a picture of exactly the size that was asked for. VAE Decode "
             "gives multiples of 64.",
             inputs=[
@@ -35,10 +35,10 @@ class WuerstchenVQGANDecode(io.ComfyNode):
 class WuerstchenVQGANEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return sockets.schema(
+            "vae encode, stage a, image to latent, inpaint",
             node_id="WuerstchenVQGANEncode",
             display_name="Würstchen VQGAN Encode",
-            category=sockets.CATEGORY,
             description="Stage A: turns a picture into a latent, 4 times smaller a side.",
             inputs=[
                 io.Vae.Input("vae", tooltip="Stage A: from Würstchen Load Stage A, Würstchen Load Model or Load VAE."),

@@ -35,10 +35,10 @@ def conditioned(latent: dict, positive: list | None, negative: list | None, node
 class WuerstchenStageBConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return sockets.schema(
+            "cascade, stage b, decoder, stablecascade",
             node_id="WuerstchenStageBConditioning",
             display_name="Würstchen Stage B Conditioning",
-            category=sockets.CATEGORY,
             description="What any of ComfyUI's samplers needs for Stage B: Stage C's latent joins the prompt, and the "
             "latent to start from has the right size.",
             inputs=[
@@ -65,10 +65,10 @@ class WuerstchenStageBConditioning(io.ComfyNode):
 class WuerstchenStageBSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return sockets.schema(
+            "ksampler, cascade, decoder, upscale",
             node_id="WuerstchenStageBSampler",
             display_name="Würstchen Stage B Sampler",
-            category=sockets.CATEGORY,
             description="Adds the detail: from Stage C's small latent to one of Stage A, the size of the picture / 4.",
             inputs=[
                 io.Model.Input("model", tooltip="Stage B: from Würstchen Load Stage B or Würstchen Load Model."),
@@ -89,13 +89,24 @@ class WuerstchenStageBSampler(io.ComfyNode):
                     "negative", optional=True, tooltip="By the CLIP of Stage B; read where cfg is not 1."
                 ),
                 sockets.schedule_input(STAGE_B.schedule, optional=True),
+                sockets.preview_input(),
             ],
             outputs=[io.Latent.Output(tooltip="For Würstchen VQGAN Decode or VAE Decode with Stage A.")],
         )
 
     @classmethod
     def execute(
-        cls, model, latent, seed, steps, cfg, sampler, positive=None, negative=None, schedule=STAGE_B.schedule
+        cls,
+        model,
+        latent,
+        seed,
+        steps,
+        cfg,
+        sampler,
+        positive=None,
+        negative=None,
+        schedule=STAGE_B.schedule,
+        preview=False,
     ) -> io.NodeOutput:
         node = "Würstchen Stage B Sampler"
         host.models.require(model, "stage_b", node)
@@ -107,5 +118,6 @@ class WuerstchenStageBSampler(io.ComfyNode):
             empty["samples"],
             SamplingOptions(steps, cfg, sampler, schedule, seed=seed),
             batch_index=empty.get("batch_index"),
+            preview=preview,
         )
         return io.NodeOutput(latents.pack(sampled, empty[latents.KEY].geometry))

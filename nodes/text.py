@@ -7,10 +7,10 @@ from . import sockets
 class WuerstchenTextEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return sockets.schema(
+            "clip text encode, prompt, negative",
             node_id="WuerstchenTextEncode",
             display_name="Würstchen Text Encode",
-            category=sockets.CATEGORY,
             description="Encodes a prompt for Stage C or Stage B; each has its own text encoder. ComfyUI's CLIP Text "
             "Encode does the same.",
             inputs=[

@@ -184,7 +184,7 @@ def test_sockets_and_widgets_are_the_schemas(name, catalogue):
         values = iter(node.get("widgets_values", []))
         for widget in (given for given in known.inputs if given.type in WIDGETS):
             value = next(values)
-            assert isinstance(value, {"INT": int, "FLOAT": (int, float)}.get(widget.type, str))
+            assert isinstance(value, {"INT": int, "FLOAT": (int, float), "BOOLEAN": bool}.get(widget.type, str))
             if widget.type == "COMBO":
                 assert value in widget.options
             elif widget.type != "STRING":

@@ -31,11 +31,12 @@ from .checkpoints.sets import MINI, find_distilled, find_set
 from .diffusion.guidance import guide, keep_outside, prepare, within
 from .diffusion.inputs import check_latent, checked_mask, join_texts, shape_text
 from .diffusion.noise import noise_source
-from .diffusion.options import MAX_CFG, STAGE_B, STAGE_C, SamplingOptions
+from .diffusion.options import MAX_CFG, MAX_SEED, MIN_SEED, STAGE_B, STAGE_C, SamplingOptions
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import MAX_STEPS, add_noise, sampling_times
 from .geometry import Geometry
 from .models.compiled import compile_networks
+from .models.defaults import Defaults, defaults_of
 from .models.lora import LoRA, apply_loras
 from .models.previewer import Previewer
 from .models.semantic_compressor import SemanticCompressor
@@ -380,6 +381,11 @@ class Wuerstchen:
         """The model in the repository: emoji at 256x256."""
         return cls.from_folder(MINI, device, dtype)
 
+    @property
+    def defaults(self) -> Defaults:
+        """The size and the guidance that suit this set."""
+        return defaults_of(self.stage_c.config)
+
     def compile(self) -> "Wuerstchen":
         """The same set, whose Stages C, B and A run compiled (`torch.compile`, block by block; CUDA graphs on a GPU).
 
@@ -397,8 +403,8 @@ class Wuerstchen:
         prompt: str,
         *,
         negative_prompt: str | None = None,
-        width: int = 256,
-        height: int = 256,
+        width: int | None = None,
+        height: int | None = None,
         batch_size: int | None = None,
         seed: int = STAGE_C.seed,
         steps_c: int | None = None,
@@ -412,6 +418,7 @@ class Wuerstchen:
         cfg_rescale: float | None = None,
         image=None,
         denoise: float | None = None,
+        seed_b: int | None = None,
         tile: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Tensor:
@@ -421,9 +428,10 @@ class Wuerstchen:
             prompt, negative_prompt: one text each; without guidance (cfg 1) the negative one is not used.
             negative_prompt, steps_c, cfg_c, … cfg_rescale: if none of them is given and the set has distilled networks,
                 these draw; otherwise what is not given has its default (see `sampling`).
-            width, height: pixels, multiples of 8.
+            width, height: pixels, multiples of 8; by default those of `defaults`.
             batch_size: how many pictures; by default as many as `image` has, or one.
-            cfg_c, cfg_b: strength of the guidance; 1 is off.
+            cfg_c, cfg_b: strength of the guidance; 1 is off. Stage C's is by default that of `defaults`.
+            seed_b: Stage B's seed, by default the same.
             sampler: of both stages.
             schedule, schedule_b: where each stage's steps lie.
             cfg_interval: the times, from 0 (picture) to 1 (noise), between which Stage C is guided; without guidance a
@@ -442,7 +450,8 @@ class Wuerstchen:
             WuerstchenError: an option is of another type or out of its range, or contradicts another; before any
                 network runs.
         """
-        geometry = Geometry(width, height)
+        own = self.defaults
+        geometry = Geometry(own.side if width is None else width, own.side if height is None else height)
         tiling.check_tile(tile)
         checks.text("prompt", prompt)
         if negative_prompt is not None:
@@ -472,7 +481,8 @@ class Wuerstchen:
             cfg_rescale=cfg_rescale,
         )
         options_c = replace(sampling.stage_c, denoise=denoise, seed=seed)
-        options_b = replace(sampling.stage_b, seed=seed)
+        seed_b = seed if seed_b is None else checks.whole_number("seed_b", seed_b, MIN_SEED, MAX_SEED)
+        options_b = replace(sampling.stage_b, seed=seed_b)
 
         def report(stage: str) -> Progress | None:
             return progress and (lambda step, steps, clean: progress(stage, step, steps))
@@ -529,8 +539,12 @@ class Wuerstchen:
         for_b = {"steps": steps_b, "cfg": cfg_b, "sampler": sampler, "schedule": schedule_b}
         if negative_prompt is None and not _given(for_c) and not _given(for_b):
             few = {stage: _few_steps(lora) for stage, lora in self.distilled.items()}
-            return Sampling(few.get("stage_c", STAGE_C), few.get("stage_b", STAGE_B), self.distilled)
-        return Sampling(_options("c", STAGE_C, _given(for_c)), _options("b", STAGE_B, _given(for_b)), {})
+            return Sampling(few.get("stage_c", self._stage_c_default), few.get("stage_b", STAGE_B), self.distilled)
+        return Sampling(_options("c", self._stage_c_default, _given(for_c)), _options("b", STAGE_B, _given(for_b)), {})
+
+    @property
+    def _stage_c_default(self) -> SamplingOptions:
+        return replace(STAGE_C, cfg=self.defaults.cfg)
 
     @contextmanager
     def drawn_with(self, sampling: Sampling) -> Iterator[None]:

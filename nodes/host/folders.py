@@ -8,6 +8,7 @@ from pathlib import Path
 import folder_paths
 
 from ...wuerstchen_core import WuerstchenError
+from ...wuerstchen_core.checkpoints.published import PUBLISHED
 from ...wuerstchen_core.checkpoints.sets import MINI, SET, find_distilled, find_set
 
 FOLDER = "wuerstchen"
@@ -98,10 +99,14 @@ def listed_file(kind: str, name: str) -> Path:
     by_slashes = {_slashes(other): path for other, path in listed.items()}
     path = listed.get(name) or by_slashes.get(_slashes(name))
     if path is None:
+        missing = f"{name}: there is no such file in {places(kind)}"
+        published = PUBLISHED.get(_slashes(name).rpartition("/")[2])
+        if published is not None:
+            raise WuerstchenError(
+                f"{missing}: fetch {published.url} (about {published.size}), save it there under this name and press R"
+            )
         place = "one of them" if len(FOLDERS[kind]) > 1 else "it"
-        raise WuerstchenError(
-            f"{name}: there is no such file in {places(kind)}: put it into {place} and press R, or choose another"
-        )
+        raise WuerstchenError(f"{missing}: put it into {place} and press R, or choose another")
     return path
 
 
@@ -112,6 +117,27 @@ def _distilled() -> dict[str, Path]:
         for name, folder in model_sets().items()
         for stage, path in find_distilled(folder).items()
     }
+
+
+def what_is_missing(**names: str | None) -> bool | str:
+    """Kind -> name of a file: True if all are there, else what to say of the first that is not."""
+    try:
+        for kind, name in names.items():
+            if name is not None:
+                listed_file(kind, name)
+    except WuerstchenError as error:
+        return str(error)
+    return True
+
+
+def what_is_missing_in_set(name: str | None) -> bool | str:
+    """The same for a set by its name."""
+    try:
+        if name is not None:
+            model_set(name)
+    except WuerstchenError as error:
+        return str(error)
+    return True
 
 
 def _slashes(name: str) -> str:

@@ -68,8 +68,7 @@ def load_semantic(file: str, previewer: str | None) -> SemanticVAE:
 
 def linear_preview(latent: Tensor) -> Tensor:
     """latent of Stage C (B, 16, p, q) -> small pictures (B, 8p, 8q, 3), each position one colour, as fits the mini."""
-    previewer = Previewer(LINEAR_PREVIEW)
-    return to_intermediate(preview(previewer.network, latent.float()))
+    return to_intermediate(preview(Previewer(LINEAR_PREVIEW).network, latent.float()))
 
 
 def require_semantic(vae: comfy.sd.VAE, node: str) -> None:

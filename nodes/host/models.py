@@ -20,10 +20,11 @@ from torch import Tensor
 from ...wuerstchen_core import WuerstchenError, tiling
 from ...wuerstchen_core.checkpoints.load import METADATA_KEY, header_tensor, load_network, load_previewer
 from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW
+from ...wuerstchen_core.models.defaults import Defaults, defaults_of
 from ...wuerstchen_core.models.stage_b import DiffNeXt
 from ...wuerstchen_core.models.stage_c import Prior
 from ...wuerstchen_core.util.finite import is_finite
-from ..latents import SEMANTIC, numbers_of
+from ..latents import OPEN, SEMANTIC, SIZE_IT, numbers_of
 from . import masks
 from .conditions import CONDMemory, CONDSemantic, Memory, margin, padded, remembered
 from .lora import fits
@@ -264,6 +265,8 @@ class StageC(Wuerstchen):
                 "prompt from Würstchen Text Encode or CLIP Text Encode"
             )
         self.check(noise, cross_attn)
+        if tuple(noise.shape[-2:]) == OPEN:
+            raise WuerstchenError(f"the latent for Stage C has no size yet: {SIZE_IT}")
         if cross_attn is None:
             raise WuerstchenError("Stage C draws what a text says: it needs one, if only an empty one")
         return {"c_crossattn": comfy.conds.CONDCrossAttn(cross_attn), "memory": CONDMemory()}
@@ -379,6 +382,12 @@ def require(model: ModelPatcher, kind: str | None, node: str) -> None:
         raise WuerstchenError(
             f"{node} is for {stage}, and this is {what}: take the MODEL from Würstchen Load Model or {loader}"
         )
+
+
+def defaults(model: ModelPatcher, node: str) -> Defaults:
+    """What suits a Stage C. Raises WuerstchenError as `require` does."""
+    require(model, "stage_c", node)
+    return defaults_of(model.model.diffusion_model.config)
 
 
 def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *more, **options):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import comfy.model_management as management
 import comfy.utils
+import latent_preview
 import torch
 from comfy.cli_args import args
 from comfy.latent_formats import LatentFormat
@@ -57,7 +58,29 @@ def show_latents(latent_format: LatentFormat, encode: Callable[[Tensor], Tensor]
     latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias = factors, bias
 
 
-def with_previews(callback, previewer: Previewer, steps: int):
+class Colours:
+    """Shows each position of a latent as one colour, as ComfyUI's latent2rgb does."""
+
+    def __init__(self, latent_format: LatentFormat):
+        factors, bias = latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
+        self.shown = latent_preview.Latent2RGBPreviewer(factors, bias)
+
+    def load(self) -> None:
+        """There is nothing to load."""
+
+    def picture(self, latent: Tensor) -> tuple[str, Image.Image, int] | None:
+        return self.shown.decode_latent_to_preview_image("JPEG", latent) if is_finite(latent) else None
+
+
+def previewer_of(latent_format: LatentFormat) -> Previewer | Colours | None:
+    """What can show latents where ComfyUI's own previews are off; None where their colours are not known."""
+    previewer = getattr(latent_format, "previewer", None)
+    if previewer is None and latent_format.latent_rgb_factors is not None:
+        return Colours(latent_format)
+    return previewer
+
+
+def with_previews(callback, previewer: Previewer | Colours, steps: int):
     """A sampler's callback that also shows the first picture of the batch as it is after each step."""
     previewer.load()
     bar = comfy.utils.ProgressBar(steps)

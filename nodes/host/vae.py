@@ -20,6 +20,7 @@ from ...wuerstchen_core.checkpoints.load import (
 )
 from ...wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW
 from ...wuerstchen_core.geometry import STEP
+from ...wuerstchen_core.models.defaults import defaults_of
 from ...wuerstchen_core.models.previewer import FACTOR
 from ...wuerstchen_core.models.stage_a import VQGAN
 from ...wuerstchen_core.pipeline import compress
@@ -139,9 +140,9 @@ class SemanticVAE(VAE):
 
     def __init__(self, compressor: Path, previewer: Path | None = None):
         offload = management.vae_offload_device()
-        network = SemanticCoder(
-            load_semantic_compressor(compressor, offload), load_previewer(previewer or LINEAR_PREVIEW, offload)
-        )
+        loaded = load_semantic_compressor(compressor, offload)
+        self.defaults = defaults_of(loaded.config)
+        network = SemanticCoder(loaded, load_previewer(previewer or LINEAR_PREVIEW, offload))
         super().__init__(network, torch.float32)
         self.downscale_ratio = STEP  # what pictures are cut to multiples of
         self.memory_used_encode = lambda shape, dtype: 200 * shape[2] * shape[3]

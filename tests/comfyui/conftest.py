@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items):
 EXTRAS = (
     "advanced_samplers apg cfg cond custom_sampler differential_diffusion easycache freelunch hooks hypertile latent "
     "lora_extract mahiro mask model_advanced model_downscale model_merging pag perpneg rebatch sag slg stable_cascade "
-    "attention_multiply tomesd torch_compile eps tcfg fresca"
+    "attention_multiply tomesd torch_compile eps tcfg fresca compositing"
 ).split()
 
 

@@ -40,7 +40,7 @@ class Server:
 
 @pytest.fixture
 def execute(nodes, host_nodes, models, tmp_path, monkeypatch):
-    """API graph -> (pictures of its SaveImage), as ComfyUI validates and executes it."""
+    """API graph -> the picture or pictures of its SaveImage, as ComfyUI validates and executes it."""
     import execution
     import folder_paths
 
@@ -63,8 +63,8 @@ def execute(nodes, host_nodes, models, tmp_path, monkeypatch):
         execution.PromptExecutor(server).execute(graph, "p", execute_outputs=outputs)
         errors = [data["exception_message"] for event, data in server.sent if event == "execution_error"]
         assert not errors, errors
-        [file] = (tmp_path / "out").rglob("*.png")
-        return read_picture(file)
+        pictures = [read_picture(file) for file in sorted((tmp_path / "out").rglob("*.png"))]
+        return pictures[0] if len(pictures) == 1 else torch.stack(pictures)
 
     return execute
 

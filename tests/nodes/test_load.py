@@ -1,12 +1,15 @@
 """Where the loaders find their files, and when they read them again."""
 
+import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.nodes.inputs import ROOT
+from wuerstchen_core.checkpoints.published import PUBLISHED
 from wuerstchen_core.checkpoints.sets import SET
 
 KINDS = {  # loader -> its kind, where its files lie, a file of that kind
@@ -146,6 +149,42 @@ def test_only_listed_names_are_a_way_to_a_file(folders, models, tiny_folder, nod
         with pytest.raises(ValueError, match=f"no such file in models/{places[0]}, ") as caught:
             folders.listed_file(kind, path)
         assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_released_file_that_is_missing_is_named_with_its_size_and_address(nodes, folders, models, name):
+    kinds = {"clip": "TextEncoder", "stage_c": "StageC", "stage_a": "StageA", "stage_b": "StageB"}
+    loader = nodes["WuerstchenLoad" + next(kinds[part] for part in kinds if part in name)]
+    said = loader.validate_inputs(file=name)
+    for part in (f"{name}: there is no such file in models/", PUBLISHED[name].url, PUBLISHED[name].size):
+        assert part in said
+    assert len(said) < 500 and "\n" not in said
+    with pytest.raises(ValueError, match=re.escape(said)):
+        folders.listed_file(loader.KIND, name)
+    (models / folders.FOLDERS[loader.KIND][0] / name).touch()
+    assert loader.validate_inputs(file=name) is True
+
+
+def test_what_is_missing_is_said_before_a_run(nodes, models):
+    """ComfyUI itself would say that a value is not in a list."""
+    for node_id in KINDS:
+        assert "own.safetensors: there is no such file in models/" in nodes[node_id].validate_inputs("own.safetensors")
+        assert nodes[node_id].validate_inputs() is True  # it comes from another node
+    assert "no such file in models/loras" in nodes["WuerstchenLoadLoRA"].validate_inputs("style.safetensors")
+    assert "take mini" in nodes["WuerstchenLoadModel"].validate_inputs("another")
+    assert nodes["WuerstchenLoadModel"].validate_inputs("mini") is True
+    (models / "clip_vision" / "c.pt").touch()
+    compressor = nodes["WuerstchenLoadSemanticCompressor"]
+    assert "none.pt: there is no such file in models/vae_approx" in compressor.validate_inputs("c.pt", "none.pt")
+    assert compressor.validate_inputs("c.pt", compressor.LINEAR) is True
+
+
+def test_the_released_files_are_those_that_the_templates_offer():
+    graph = json.loads((ROOT / "workflows" / "text_to_image_v2.json").read_text(encoding="utf-8"))
+    offered = [model for node in graph["nodes"] for model in node["properties"].get("models", ())]
+    assert len(offered) >= 4
+    for model in offered:
+        assert PUBLISHED[model["name"]].url == model["url"]
 
 
 def test_files_of_one_name_can_all_be_reached(folders, listed, models):

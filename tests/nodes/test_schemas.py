@@ -1,8 +1,14 @@
 """What the nodes declare."""
 
 import ast
+import copy
+import dataclasses
+import json
+
+import pytest
 
 from tests.nodes.inputs import LARGEST_SEED, ROOT
+from tests.nodes.record import RECORD, breaks, described
 
 
 def test_the_pack_has_its_nodes(nodes):
@@ -65,15 +71,16 @@ SIGNATURES = {  # inputs, then the types of the outputs, in order
     "WuerstchenLoadSemanticCompressor": ("file previewer?", "VAE"),
     "WuerstchenLoadLoRA": ("model file strength", "MODEL"),
     "WuerstchenTextEncode": ("clip text", "CONDITIONING"),
-    "WuerstchenEmptyLatent": ("width height batch_size", "LATENT"),
+    "WuerstchenEmptyLatent": ("width height batch_size model?", "LATENT"),
     "WuerstchenSemanticCompress": ("vae image width height", "LATENT"),
     "WuerstchenStageCSampler": (
-        f"model positive negative latent {SAMPLING} schedule denoise cfg_interval_low? cfg_interval_high? cfg_rescale?",
+        f"model positive negative latent {SAMPLING} schedule denoise cfg_interval_low? cfg_interval_high? cfg_rescale? "
+        "preview?",
         "LATENT",
     ),
     "WuerstchenSemanticPreview": ("latent vae?", "IMAGE"),
     "WuerstchenStageBConditioning": ("latent positive? negative?", "CONDITIONING CONDITIONING LATENT"),
-    "WuerstchenStageBSampler": (f"model latent {SAMPLING} positive? negative? schedule?", "LATENT"),
+    "WuerstchenStageBSampler": (f"model latent {SAMPLING} positive? negative? schedule? preview?", "LATENT"),
     "WuerstchenVQGANDecode": ("vae latent", "IMAGE"),
     "WuerstchenVQGANEncode": ("vae image", "LATENT"),
     "WuerstchenScheduler": ("model schedule steps denoise", "SIGMAS"),
@@ -94,6 +101,67 @@ def test_every_node_has_its_inputs_and_outputs_in_order(nodes):
             )
             assert not given.get_io_type().startswith("WUERSTCHEN")
     assert found == SIGNATURES
+
+
+def test_the_schemas_are_those_recorded(nodes):
+    """The record also tells `generate` how to write graphs."""
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(described(nodes)))
+    broken = breaks(recorded, now)
+    assert not broken, "graphs that users have saved would break:\n" + "\n".join(broken)
+    assert now == recorded, "nothing breaks, but it is not recorded: run `python -m tests.nodes.record`"
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda node: node["inputs"].pop(), "nothing is where preview was"),
+        (lambda node: node["inputs"].reverse(), "preview is where model was"),
+        (lambda node: node["inputs"].insert(4, {**node["inputs"][-1], "id": "new"}), "new is where seed was"),
+        (lambda node: node["inputs"].append({"id": "new", "type": "INT", "optional": False}), "must be optional"),
+        (lambda node: node["inputs"][0].update(type="CLIP"), "model is where model was"),
+        (lambda node: node["inputs"][-1].update(optional=False), "preview was optional"),
+        (lambda node: node["inputs"][7]["options"].remove("ddim"), "sampler has lost an option"),
+        (lambda node: node["inputs"][6].update(max=5.0), "cfg takes fewer values"),
+        (lambda node: node["outputs"].clear(), "outputs keep their places"),
+    ],
+)
+def test_what_breaks_saved_graphs_is_seen(change, says):
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+    now = copy.deepcopy(recorded)
+    change(now["WuerstchenStageCSampler"])
+    found = breaks(recorded, now)
+    assert found and says in found[0] and found[0].startswith("WuerstchenStageCSampler")
+    del now["WuerstchenLoadLoRA"]
+    assert any("WuerstchenLoadLoRA is gone" in each for each in breaks(recorded, now))
+
+
+def test_an_optional_input_at_the_end_or_one_more_option_breaks_nothing():
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+    now = copy.deepcopy(recorded)
+    inputs = now["WuerstchenStageCSampler"]["inputs"]
+    inputs[7]["options"].append("another")
+    inputs.append({"id": "new", "type": "INT", "optional": True})
+    assert breaks(recorded, now) == []
+
+
+def test_nodes_are_found_by_other_words_where_the_host_knows_of_them(module, monkeypatch):
+    schema, io = module("nodes.sockets").schema, module("nodes.sockets").io
+
+    @dataclasses.dataclass
+    class Older:
+        node_id: str
+        category: str
+
+    @dataclasses.dataclass
+    class Newer(Older):
+        search_aliases: list
+
+    monkeypatch.setattr(io, "Schema", Older)
+    assert schema("ksampler, img2img", node_id="X") == Older("X", "Würstchen")
+    monkeypatch.setattr(io, "Schema", Newer)
+    words = ["wuerstchen", "wurstchen", "ksampler", "img2img"]
+    assert schema("ksampler, img2img", node_id="X") == Newer("X", "Würstchen", words)
 
 
 def test_ids_are_unique_within_a_node(nodes):

@@ -75,7 +75,8 @@ def test_only_stages_c_and_b_are_narrower_and_only_where_nothing_was_asked_for(m
 
 
 def test_the_mini_in_bfloat16_draws_the_same_picture(monkeypatch):
-    """Measured: PSNR from NUMBERS dB; another seed gives OTHER dB."""
+    """Measured: 36.6 dB, at 6 + 2 steps 44 dB; 19.8 dB where x is rounded before the noise is taken from it. Another
+    seed's picture is at 22 dB."""
     options = {"seed": 1, "steps_c": 3, "steps_b": 1, "cfg_c": 2.0}
     wide = w.Wuerstchen.mini(dtype=torch.float32)
     instructions(monkeypatch, "_is_amx_tile_supported")
@@ -83,5 +84,4 @@ def test_the_mini_in_bfloat16_draws_the_same_picture(monkeypatch):
     assert dtype_of(narrow.stage_c) == torch.bfloat16
     drawn, expected = (pipe.generate("red apple, noto style", **options) for pipe in (narrow, wide))
     psnr = -10 * (drawn - expected).square().mean().log10().item()
-    print("PSNR", psnr)
-    assert psnr > 25
+    assert psnr > 32

@@ -1,21 +1,47 @@
-"""`wuerstchen generate`: a picture of a text."""
+"""`wuerstchen generate`: a picture of a text, or of what another picture says of itself."""
 
 import argparse
 import dataclasses
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
 from ..diffusion.options import STAGE_B, STAGE_C, SamplingOptions
-from ..util.atomic import replacing
+from ..models.defaults import RELEASED, SMALL
 from ..util.errors import WuerstchenError
+from ..workflow.drawing import Circumstances, graph_of
 from .common import add_model, check_png, check_text, command, given_networks, load_model
+from .reproduce import command_line, fill_in, read_lora, shown_strength
+
+DEFAULTS: dict[str, Any] = {
+    "negative_prompt": "",
+    "width": None,  # None: the set's own
+    "height": None,
+    "batch_size": 1,
+    "seed": STAGE_C.seed,
+    "steps_c": STAGE_C.steps,
+    "cfg_c": None,
+    "steps_b": STAGE_B.steps,
+    "cfg_b": STAGE_B.cfg,
+    "sampler": STAGE_C.sampler,
+    "schedule": STAGE_C.schedule,
+    "schedule_b": STAGE_B.schedule,
+    "cfg_interval": STAGE_C.cfg_interval,
+    "cfg_rescale": STAGE_C.cfg_rescale,
+}
 
 
 def add_commands(commands) -> None:
     generate = command(commands, "generate", _generate, "draw a picture of a text")
     about = {field.name: field.metadata["help"] for field in dataclasses.fields(SamplingOptions)}
-    generate.add_argument("prompt", help='what to draw, such as "a slice of pizza"')
+    generate.add_argument("prompt", nargs="?", help='what to draw, such as "a slice of pizza"')
+    generate.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="PICTURE",
+        help="draw again a PNG that generate, or ComfyUI with Würstchen, drew: its settings are read from it, and "
+        "other options change them",
+    )
     generate.add_argument(
         "-o",
         "--output",
@@ -24,7 +50,7 @@ def add_commands(commands) -> None:
         metavar="FILE",
         help="PNG file; a batch gets -1, -2, … before the ending (default: wuerstchen.png)",
     )
-    generate.add_argument("--negative", metavar="TEXT", help="what to keep away from")
+    generate.add_argument("--negative", dest="negative_prompt", metavar="TEXT", help="what to keep away from")
     generate.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from")
     generate.add_argument(
         "--denoise",
@@ -34,28 +60,34 @@ def add_commands(commands) -> None:
     )
     generate.add_argument(
         "--lora",
+        dest="loras",
         action="append",
-        default=[],
         metavar="FILE[:STRENGTH]",
         help="a LoRA for Stage C or Stage B (default strength: 1); give it again for several, which add up",
     )
-    generate.add_argument("--width", type=int, default=256, metavar="PIXELS", help="multiple of 8 (default: 256)")
-    generate.add_argument("--height", type=int, default=256, metavar="PIXELS", help="multiple of 8 (default: 256)")
-    generate.add_argument("--batch", type=int, default=1, metavar="N", help="number of pictures (default: 1)")
+    own = f"{SMALL.side} for the mini, {RELEASED.side} for the released weights"
+    for side in ("width", "height"):
+        generate.add_argument(f"--{side}", type=int, metavar="PIXELS", help=f"multiple of 8 (default: {own})")
+    generate.add_argument("--batch", dest="batch_size", type=int, metavar="N", help="number of pictures (default: 1)")
     for stage, defaults in (("c", STAGE_C), ("b", STAGE_B)):
         for name, type_, metavar in (("steps", int, "N"), ("cfg", float, "S")):
-            default = getattr(defaults, name)
-            what = f"Stage {stage.upper()}: {about[name]} (default: {default:g})"
+            default = f"{getattr(defaults, name):g}"
+            if (name, stage) == ("cfg", "c"):
+                default = f"{SMALL.cfg:g} for the mini, {RELEASED.cfg:g} for the released weights"
+            what = f"Stage {stage.upper()}: {about[name]} (default: {default})"
             generate.add_argument(f"--{name}-{stage}", type=type_, metavar=metavar, help=what)
     for flag, stage, defaults, kind, metavar in (
+        ("seed", "", STAGE_C, int, "N"),
         ("sampler", "", STAGE_C, str, "NAME"),
         ("schedule", "Stage C: ", STAGE_C, str, "NAME"),
         ("schedule-b", "Stage B: ", STAGE_B, str, "NAME"),
         ("cfg-rescale", "Stage C: ", STAGE_C, float, "SHARE"),
     ):
         name = flag.removesuffix("-b").replace("-", "_")
-        what = f"{stage}{about[name]} (default: {getattr(defaults, name)})"
+        default = getattr(defaults, name)
+        what = f"{stage}{about[name]} (default: {default})"
         generate.add_argument(f"--{flag}", type=kind, metavar=metavar, help=what)
+    generate.add_argument("--seed-b", type=int, metavar="N", help="Stage B's seed (default: the same)")
     low, high = STAGE_C.cfg_interval
     generate.add_argument(
         "--cfg-interval",
@@ -63,13 +95,6 @@ def add_commands(commands) -> None:
         nargs=2,
         metavar=("LOW", "HIGH"),
         help=f"Stage C: {about['cfg_interval']} (default: {low:g} {high:g})",
-    )
-    generate.add_argument(
-        "--seed", type=int, default=STAGE_C.seed, metavar="N", help=f"{about['seed']} (default: {STAGE_C.seed})"
-    )
-    generate.epilog = (
-        "If the set has distilled networks, as the mini has, these draw in a few steps, unless --negative, an option "
-        "of sampling (steps, cfg, sampler, schedule), --lora or a network from a file is given."
     )
     generate.add_argument(
         "--compile",
@@ -100,42 +125,32 @@ def _generate(options: argparse.Namespace) -> None:
     from ..pipeline import DENOISE
     from ..util.pictures import read_picture
     from ..util.precision import dtype_of, name_of
+    from ..workflow import png
 
+    if options.source is not None:
+        fill_in(options)
+    if options.prompt is None:
+        raise WuerstchenError("there is nothing to draw: give a prompt, or a picture with --from")
     check_text("the prompt", options.prompt)
-    if options.negative is not None:
-        check_text("--negative", options.negative)
     if options.denoise is not None and options.image is None:
         raise WuerstchenError("--denoise is about a picture to start from: give one with --image")
     check_png(options.output)
     image = None if options.image is None else read_picture(options.image)
-    given = {
-        "negative_prompt": options.negative,
-        "steps_c": options.steps_c,
-        "cfg_c": options.cfg_c,
-        "steps_b": options.steps_b,
-        "cfg_b": options.cfg_b,
-        "sampler": options.sampler,
-        "schedule": options.schedule,
-        "schedule_b": options.schedule_b,
-        "cfg_interval": options.cfg_interval,
-        "cfg_rescale": options.cfg_rescale,
-    }
-    settings = {"width": options.width, "height": options.height, "batch_size": options.batch, "seed": options.seed}
-    if options.tile is not None:
-        settings["tile"] = options.tile
+    settings = {name: getattr(options, name) for name in DEFAULTS}
+    settings = {name: DEFAULTS[name] if value is None else value for name, value in settings.items()}
+    check_text("--negative", settings["negative_prompt"])
+    settings |= {name: value for name in ("seed_b", "tile") if (value := getattr(options, name)) is not None}
     if image is not None:
         settings["denoise"] = DENOISE if options.denoise is None else options.denoise
-    chosen = [_lora(text) for text in options.lora]
+    chosen = [read_lora(text) for text in options.loras or ()]
     loras = [(load_lora(path), strength) for path, strength in chosen]
     model = load_model(options, options.offload)
+    own = {"width": model.defaults.side, "height": model.defaults.side, "cfg_c": model.defaults.cfg}
+    settings |= {name: value for name, value in own.items() if settings[name] is None}
+    if options.source is not None:
+        print(command_line(options, {name: value for name, value in settings.items() if value != DEFAULTS.get(name)}))
     if options.compile:
         model.compile()
-    if loras:
-        model.distilled = {}  # it was trained for the network as it is
-    sampling = model.sampling(**given)
-    few = ", ".join(f"{lora.stage}: {lora.sampling['steps']} steps" for lora in sampling.distilled.values())
-    if few:
-        print(f"drawn by the distilled networks ({few}); settings such as --steps-c 12 draw without", file=sys.stderr)
     of_c, of_b = ([one for one in loras if one[0].stage == stage] for stage in ("Stage C", "Stage B"))
     with tqdm(unit="step", leave=False) as bar, apply_loras(model.stage_c, of_c), apply_loras(model.stage_b, of_b):
 
@@ -145,16 +160,8 @@ def _generate(options: argparse.Namespace) -> None:
             bar.set_description(stage, refresh=False)
             bar.update()
 
-        pictures = model.generate(options.prompt, **given, **settings, image=image, progress=show)
-    stage_c, stage_b = sampling.stage_c, sampling.stage_b
-    told = {"prompt": options.prompt, "negative_prompt": options.negative or "", **settings}
-    told |= {"steps_c": stage_c.steps, "cfg_c": stage_c.cfg, "steps_b": stage_b.steps, "cfg_b": stage_b.cfg}
-    told |= {"sampler": stage_c.sampler, "schedule": stage_c.schedule, "schedule_b": stage_b.schedule}
-    told |= {"cfg_interval": stage_c.cfg_interval, "cfg_rescale": stage_c.cfg_rescale, "device": options.device}
-    if stage_b.sampler != stage_c.sampler:
-        told["sampler_b"] = stage_b.sampler
-    if few:
-        told["distilled"] = few
+        pictures = model.generate(options.prompt, **settings, image=image, progress=show)
+    told = {"prompt": options.prompt, **settings, "device": options.device}
     if dtype_of(model.stage_c) != torch.float32:
         told["dtype"] = name_of(dtype_of(model.stage_c))
     told["model"] = "mini" if options.model is None else options.model.absolute().name
@@ -162,42 +169,27 @@ def _generate(options: argparse.Namespace) -> None:
         told["image"] = options.image.name
     told |= {role: path.name for role, path in given_networks(options).items()}
     if chosen:
-        told["loras"] = ", ".join(f"{path.name}:{strength:g}" for path, strength in chosen)
+        told["loras"] = [f"{path.name}:{shown_strength(strength)}" for path, strength in chosen]
+    around = _circumstances(model, options.image)
     for number, picture in enumerate(pictures, start=1):
         path = options.output
-        if options.batch > 1:
+        if settings["batch_size"] > 1:
             path = path.with_stem(f"{path.stem}-{number}")
             told["batch_number"] = number
-        _write_image(picture, path, told)
+        png.write(picture, path, told, graph_of(told, around))
         print(path)
 
 
-def _lora(text: str) -> tuple[Path, float]:
-    """FILE[:STRENGTH]; only a number behind the last colon is a strength, so that a path may have colons."""
-    path, _, number = text.rpartition(":")
-    try:
-        return (Path(path), float(number)) if path else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0
-
-
-def _write_image(picture, path: Path, told: dict) -> None:
-    """picture (H, W, 3) in [0, 1] -> PNG, whole or not at all.
-
-    `told` is its metadata: as JSON under "wuerstchen", and for people under "Description". "prompt" and "workflow" are
-    ComfyUI's, whose page reads them as JSON.
-    """
+def _circumstances(model, image: Path | None) -> Circumstances:
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
-    info = PngInfo()
-    info.add_itxt("wuerstchen", json.dumps(told))
-    lines = (f"{name}: {value}" for name, value in told.items() if name != "prompt" and value != "")
-    readable = "\n".join([told["prompt"], *lines])
-    info.add_itxt("Description", readable.encode("utf-8", "backslashreplace").decode())
-    image = Image.fromarray((picture.cpu() * 255).round().byte().numpy())
-    try:
-        with replacing(path) as partial:
-            image.save(partial, format="PNG", pnginfo=info)
-    except OSError as error:
-        raise WuerstchenError(f"{path}: could not be written ({error.strerror})") from error
+    transparent = profile = False
+    if image is not None:
+        with Image.open(image) as opened:
+            transparent, profile = opened.has_transparency_data, "icc_profile" in opened.info
+    return Circumstances(
+        one_text_encoder=model.text_encoder_b is model.text_encoder_c,
+        text_for_stage_b=model.text_encoder_b is not None,
+        transparent=transparent,
+        has_profile=profile,
+    )

@@ -15,7 +15,6 @@ AGAINST: dict[str, dict[str, Any]] = {
     "width": {"type": int, "metavar": "PIXELS", "help": "multiple of 128 (default: 1024, of the mini 256)"},
     "height": {"type": int, "metavar": "PIXELS", "help": "multiple of 128 (default: 1024, of the mini 256)"},
     "batch": {"type": int, "nargs": "+", "metavar": "N", "help": "pictures at once, one or several sizes (default: 1)"},
-    "dtype": {"choices": ["float32", "float16", "bfloat16"], "help": "default: float32"},
     "steps-c": {"type": int, "metavar": "N", "help": "of Stage C (default: 60, diffusers'; ours are timed, too)"},
     "steps-b": {"type": int, "metavar": "N", "help": "of Stage B (default: 12, diffusers'; ours are timed, too)"},
     "timed-steps": {
@@ -65,6 +64,8 @@ def _benchmark(options: argparse.Namespace) -> None:
     for name in AGAINST:
         if getattr(options, name.replace("-", "_")) is not None:
             raise WuerstchenError(f"--{name} is an option of the comparison: add --against diffusers")
+    if options.load is not None and options.dtype is not None:
+        raise WuerstchenError("--load reads each file in its own precision: leave --dtype out")
     if options.load is None:
         lines = benchmark(lambda: load_model(options), options.runs)
     else:

@@ -16,7 +16,7 @@ def prepare(network, condition, times: list[float], device, dtype: torch.dtype) 
     rows = {t: [modulation[i : i + 1] for modulation in table] for i, t in enumerate(times[:-1])}
 
     def model(x: Tensor, t: float) -> Tensor:
-        return network.denoise(x.to(dtype), rows[t], condition).to(x.dtype)
+        return network.denoise(x, rows[t], condition)
 
     return model
 

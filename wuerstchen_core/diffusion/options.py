@@ -7,6 +7,7 @@ from .samplers import SAMPLERS
 from .schedule import MAX_STEPS, SCHEDULES
 
 MAX_CFG = 100.0
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 
 
 def _option(default, help: str):
@@ -39,7 +40,7 @@ class SamplingOptions:
             "steps": whole_number("steps", self.steps, 1, MAX_STEPS),
             "cfg": real_number("cfg", self.cfg, -MAX_CFG, MAX_CFG),
             "denoise": real_number("denoise", self.denoise, 0.0, 1.0),
-            "seed": whole_number("seed", self.seed, -(2**63), 2**64 - 1),
+            "seed": whole_number("seed", self.seed, MIN_SEED, MAX_SEED),
             "cfg_interval": interval("cfg_interval", self.cfg_interval, 0.0, 1.0),
             "cfg_rescale": real_number("cfg_rescale", self.cfg_rescale, 0.0, 1.0),
         }

@@ -96,14 +96,14 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, skip: Tensor | None = None, share: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x (B, C, H, W), skip (B, skip, H, W), share: (B, H, W, K) and a matrix (4C, K) that takes it to the semantic
         part of the first Linear."""
-        widen, _, response, dropout, narrow = self.channelwise
+        widen, activation, response, dropout, narrow = self.channelwise
         h = self.norm(self.depthwise(x))
         if skip is not None:
             h = torch.cat([h, skip], dim=1)
         h = widen(to_rows(h))
         if share is not None:
             h = _add_product(h, *share)
-        return x + to_planes(narrow(dropout(response(gelu(h)))))
+        return x + to_planes(narrow(dropout(response(gelu(activation, h)))))
 
 
 def _add_product(h: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
@@ -114,9 +114,9 @@ def _add_product(h: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
     return h.flatten(0, 2).addmm_(rows.to(h.dtype), matrix.T.to(h.dtype)).view(h.shape)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The exact GELU; without a gradient, in place."""
-    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+def gelu(module: nn.Module, x: Tensor) -> Tensor:
+    """The module's exact GELU; without a gradient, in place."""
+    return module(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
 
 
 class TimestepBlock(nn.Module):

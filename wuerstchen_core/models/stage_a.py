@@ -43,10 +43,10 @@ class MixingBlock(nn.Module):
         x = to_rows(x)
         mixed = self.depthwise(to_planes(_norm(x, scale_1, shift_1)))
         x = torch.addcmul(x, to_rows(mixed), gate_1)
-        widen, _, narrow = self.channelwise
+        widen, activation, narrow = self.channelwise
 
         def mlp(rows: Tensor, out: Tensor | None = None) -> Tensor:
-            return torch.addcmul(rows, narrow(gelu(widen(_norm(rows, scale_2, shift_2)))), gate_2, out=out)
+            return torch.addcmul(rows, narrow(gelu(activation, widen(_norm(rows, scale_2, shift_2)))), gate_2, out=out)
 
         if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
             return to_planes(mlp(x))

@@ -147,7 +147,7 @@ class DiffNeXt(nn.Module):
         return [block.modulate(embedding) for block in self.modules() if isinstance(block, TimestepBlock)]
 
     def denoise(self, x: Tensor, modulation: list[Tensor], condition: StageBCondition) -> Tensor:
-        """x (B, 4, h, w), sides multiples of 16 -> the noise in it, the same shape."""
+        """x (B, 4, h, w), sides multiples of 16 -> the noise in it, the same shape; in two precisions as in Stage C."""
         modulations, shares = iter(modulation), iter(condition.shares)
         attention = zip(condition.contexts, condition.windows, strict=True)
 
@@ -164,7 +164,7 @@ class DiffNeXt(nn.Module):
                     h = block(h)
             return h
 
-        h = self.embedding(x.contiguous(memory_format=torch.channels_last))
+        h = self.embedding(x.to(modulation[0].dtype).contiguous(memory_format=torch.channels_last))
         way_down = []
         for blocks in self.down_blocks:
             h = run(blocks, h)
@@ -172,7 +172,7 @@ class DiffNeXt(nn.Module):
         h = run(self.up_blocks[0], way_down.pop())
         for blocks in self.up_blocks[1:]:
             h = run(blocks, h, skip=way_down.pop())
-        a, b = self.clf(h).chunk(2, dim=1)
+        a, b = self.clf(h).to(x.dtype).chunk(2, dim=1)
         return (x - a) / (b.sigmoid() * (1 - 2e-3) + 1e-3)
 
     def forward(self, x: Tensor, t: Tensor, semantic: Tensor, text: Tensor | None = None) -> Tensor:

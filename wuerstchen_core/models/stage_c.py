@@ -60,12 +60,16 @@ class Prior(nn.Module):
         return [block.modulate(embedding) for block in self.blocks if isinstance(block, TimestepBlock)]
 
     def denoise(self, x: Tensor, modulation: list[Tensor], condition: list) -> Tensor:
-        """x (B, 16, p, q) -> the noise in it, the same shape."""
-        h = self.projection(x.contiguous(memory_format=torch.channels_last))
+        """x (B, 16, p, q) -> the noise in it, the same shape.
+
+        The network computes in the modulation's precision, the noise is taken from x in x's own: where x is nearly all
+        noise, an error of its rounding would be as large as the picture.
+        """
+        h = self.projection(x.to(modulation[0].dtype).contiguous(memory_format=torch.channels_last))
         groups = zip(self.blocks[0::3], self.blocks[1::3], self.blocks[2::3], modulation, condition, strict=True)
         for res, time, attn, scale_shift, context in groups:
             h = attn(time(res(h), scale_shift), context)
-        a, b = self.out(h).chunk(2, dim=1)
+        a, b = self.out(h).to(x.dtype).chunk(2, dim=1)
         return (x - a) / ((1 - b).abs() + 1e-5)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:

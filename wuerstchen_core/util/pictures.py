@@ -65,6 +65,25 @@ def size_of(file: str | Path | BinaryIO, formats: Sequence[str] = FORMATS) -> tu
         return opened.size if sideways else opened.size[::-1]
 
 
+def texts_of(path: str | Path) -> dict[str, str]:
+    """The texts that a PNG file carries before its pixels, by their keys; its pixels are not decoded.
+
+    Pillow refuses texts that unfold to more than a megabyte each, and 64 in all.
+
+    Raises:
+        WuerstchenError: it is missing, not a PNG file, damaged, or what is refused.
+    """
+    try:
+        with _opened(path, ("PNG",)) as opened:
+            return {str(key): str(value) for key, value in opened.info.items() if isinstance(value, str)}
+    except FileNotFoundError as error:
+        raise WuerstchenError(f"{path}: there is no such file") from error
+    except UnidentifiedImageError as error:
+        raise WuerstchenError(f"{path}: not a PNG file, or a damaged one") from error
+    except Exception as error:  # of a damaged file Pillow raises nearly anything
+        raise WuerstchenError(f"{path}: not a PNG file that can be read ({first_line(error)})") from error
+
+
 def as_images(image: Tensor | np.ndarray | Image.Image) -> Tensor:
     """One picture or a batch of them, in memory -> (B, H, W, 3) float32 in [0, 1].
 
