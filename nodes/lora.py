@@ -21,7 +21,7 @@ class WuerstchenLoadLoRA(io.ComfyNode):
                     "file",
                     options=list(host.folders.weight_files("lora")),
                     tooltip=f"A file in {host.folders.places('lora')}: a LoRA for Würstchen's Stage C, which diffusers "
-                    "calls the prior, or for Stage B. That of a distilled network (few steps) needs sampler lcm, cfg 1.",
+                    "calls the prior, or for Stage B. A distilled network's (few steps) needs sampler lcm and cfg 1.",
                 ),
                 io.Float.Input(
                     "strength",
