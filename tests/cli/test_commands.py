@@ -5,7 +5,7 @@ import pytest
 from wuerstchen_core.cli import main
 
 
-@pytest.mark.parametrize("command", [["evaluate", "none"], ["train", "mini", "none", "work"]])
+@pytest.mark.parametrize("command", [["evaluate", "emoji", "none"], ["train", "mini", "none", "work"]])
 def test_a_missing_data_set_is_named(command, capsys):
     assert main(command) == 2
     assert "none" in capsys.readouterr().err
@@ -23,7 +23,7 @@ def test_no_steps_are_no_training(tmp_path, capsys):
 
 @pytest.mark.parametrize("sheet, says", [("nowhere/sheet.png", "nowhere"), ("sheet.jpg", ".png")])
 def test_a_sheet_that_cannot_be_written_is_named(emoji, sheet, says, capsys):
-    assert main(["evaluate", str(emoji), "--sheet", sheet]) == 2
+    assert main(["evaluate", "emoji", str(emoji), "--sheet", sheet]) == 2
     assert says in capsys.readouterr().err
 
 

@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     training = commands.add_parser("train", help="train networks").add_subparsers(metavar="WHAT", required=True)
     mini.add_train_command(training)
     train.add_commands(training)
-    mini.add_evaluate_command(commands)
+    evaluation = commands.add_parser("evaluate", help="measure models").add_subparsers(metavar="WHAT", required=True)
+    mini.add_evaluate_commands(evaluation)
     weights.add_commands(commands)
     measure.add_commands(commands)
     return parser

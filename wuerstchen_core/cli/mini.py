@@ -26,20 +26,18 @@ def add_train_command(train) -> None:
     mini.add_argument("--steps", type=int, metavar="N", help="instead of the recipe's")
 
 
-def add_evaluate_command(commands) -> None:
-    evaluate = command(commands, "evaluate", _evaluate, "measure a model on the emoji data set")
-    evaluate.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
-    evaluate.add_argument(
-        "--distilled", action="store_true", help="draw by the set's distilled networks, as `wuerstchen generate` does"
+def add_evaluate_commands(evaluate) -> None:
+    emoji = command(evaluate, "emoji", _evaluate, "a model on the emoji data set")
+    _add_data(emoji)
+    emoji.add_argument(
+        "--distilled", action="store_true", help="draw by the set's distilled networks (default: by the set's own)"
     )
-    evaluate.add_argument("--count", type=int, default=200, metavar="N", help="pictures and prompts (default: 200)")
-    evaluate.add_argument(
-        "--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file"
-    )
-    add_model(evaluate)
+    emoji.add_argument("--count", type=int, default=200, metavar="N", help="pictures and prompts (default: 200)")
+    emoji.add_argument("--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file")
+    add_model(emoji)
 
-    sweep = command(commands, "sweep", _sweep, "compare samplers, schedules and steps on the emoji data set")
-    sweep.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
+    sweep = command(evaluate, "sweep", _sweep, "samplers, schedules and steps on the emoji data set")
+    _add_data(sweep)
     sweep.add_argument("--stage", choices=["c", "b"], default="c", help="Stage C (default) or Stage B")
     sweep.add_argument("--samplers", nargs="+", default=["ddpm", "dpmpp_2m_sde"], metavar="NAME", help="to compare")
     sweep.add_argument("--schedules", nargs="+", default=["even"], metavar="NAME", help="to compare")
@@ -50,6 +48,16 @@ def add_evaluate_command(commands) -> None:
     sweep.add_argument("--reference", type=int, default=200, metavar="N", help="steps to compare with (default: 200)")
     sweep.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON; a plot of its name beside it")
     add_model(sweep)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "data",
+        type=Path,
+        nargs="?",
+        default=Path("emoji"),
+        help="the data set, from `wuerstchen data emoji` (default: emoji)",
+    )
 
 
 def _build_emoji(options: argparse.Namespace) -> None:
