@@ -35,7 +35,7 @@ class WuerstchenLoadLoRA(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(
-                    display_name="model", tooltip="The stage with the LoRA; the one that came in is unchanged."
+                    display_name="Stage C", tooltip="The stage with the LoRA; the one that came in is unchanged."
                 )
             ],
         )
