@@ -30,9 +30,7 @@ def add_evaluate_commands(evaluate) -> None:
     emoji = command(evaluate, "emoji", _evaluate, "a model on the emoji data set")
     _add_data(emoji)
     emoji.add_argument("--count", type=int, default=200, metavar="N", help="pictures and prompts (default: 200)")
-    emoji.add_argument(
-        "--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file"
-    )
+    emoji.add_argument("--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file")
     add_model(emoji)
 
     sweep = command(evaluate, "sweep", _sweep, "samplers, schedules and steps on the emoji data set")
