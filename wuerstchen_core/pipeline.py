@@ -416,6 +416,8 @@ class Wuerstchen:
         schedule_b: str | None = None,
         cfg_interval: tuple[float, float] | None = None,
         cfg_rescale: float | None = None,
+        sampler_b: str | None = None,
+        distilled: bool | None = None,
         image=None,
         denoise: float | None = None,
         seed_b: int | None = None,
@@ -426,13 +428,13 @@ class Wuerstchen:
 
         Args:
             prompt, negative_prompt: one text each; without guidance (cfg 1) the negative one is not used.
-            negative_prompt, steps_c, cfg_c, … cfg_rescale: if none of them is given and the set has distilled networks,
-                these draw; otherwise what is not given has its default (see `sampling`).
+            negative_prompt, steps_c, cfg_c, … sampler_b: what is not given has its default (see `sampling`).
+            distilled: whether the set's distilled networks draw; by default if it has any and none of those is given.
             width, height: pixels, multiples of 8; by default those of `defaults`.
             batch_size: how many pictures; by default as many as `image` has, or one.
             cfg_c, cfg_b: strength of the guidance; 1 is off. Stage C's is by default that of `defaults`.
             seed_b: Stage B's seed, by default the same.
-            sampler: of both stages.
+            sampler: of both stages; sampler_b: of Stage B, by default the same.
             schedule, schedule_b: where each stage's steps lie.
             cfg_interval: the times, from 0 (picture) to 1 (noise), between which Stage C is guided; without guidance a
                 step is twice as fast.
@@ -479,6 +481,8 @@ class Wuerstchen:
             schedule_b=schedule_b,
             cfg_interval=cfg_interval,
             cfg_rescale=cfg_rescale,
+            sampler_b=sampler_b,
+            distilled=distilled,
         )
         options_c = replace(sampling.stage_c, denoise=denoise, seed=seed)
         seed_b = seed if seed_b is None else checks.whole_number("seed_b", seed_b, MIN_SEED, MAX_SEED)
@@ -529,22 +533,22 @@ class Wuerstchen:
         schedule_b: str | None = None,
         cfg_interval: tuple[float, float] | None = None,
         cfg_rescale: float | None = None,
+        sampler_b: str | None = None,
+        distilled: bool | None = None,
     ) -> Sampling:
-        """How `generate` draws with these arguments: distilled if there is none and the set has distilled networks.
-
-        Raises WuerstchenError as `generate` does.
-        """
+        """How `generate` draws with these arguments. Raises WuerstchenError as it does."""
         for_c: dict = {"steps": steps_c, "cfg": cfg_c, "sampler": sampler, "schedule": schedule}
         for_c |= {"cfg_interval": cfg_interval, "cfg_rescale": cfg_rescale}
-        for_b = {"steps": steps_b, "cfg": cfg_b, "sampler": sampler, "schedule": schedule_b}
-        if negative_prompt is None and not _given(for_c) and not _given(for_b):
-            few = {stage: _few_steps(lora) for stage, lora in self.distilled.items()}
-            return Sampling(few.get("stage_c", self._stage_c_default), few.get("stage_b", STAGE_B), self.distilled)
-        return Sampling(_options("c", self._stage_c_default, _given(for_c)), _options("b", STAGE_B, _given(for_b)), {})
-
-    @property
-    def _stage_c_default(self) -> SamplingOptions:
-        return replace(STAGE_C, cfg=self.defaults.cfg)
+        for_b = {"steps": steps_b, "cfg": cfg_b, "sampler": sampler_b or sampler, "schedule": schedule_b}
+        given_c, given_b = _given(for_c), _given(for_b)
+        if distilled is None:
+            distilled = negative_prompt is None and not given_c and not given_b
+        elif distilled and not self.distilled:
+            raise WuerstchenError("distilled is set, but this set has no distilled networks: leave it out")
+        loras = self.distilled if distilled else {}
+        few = {stage: _few_steps(lora) for stage, lora in loras.items()}
+        stage_c = few.get("stage_c", replace(STAGE_C, cfg=self.defaults.cfg))
+        return Sampling(_options("c", stage_c, given_c), _options("b", few.get("stage_b", STAGE_B), given_b), loras)
 
     @contextmanager
     def drawn_with(self, sampling: Sampling) -> Iterator[None]:

@@ -9,7 +9,7 @@ import folder_paths
 
 from ...wuerstchen_core import WuerstchenError
 from ...wuerstchen_core.checkpoints.published import PUBLISHED
-from ...wuerstchen_core.checkpoints.sets import MINI, SET, find_distilled, find_set
+from ...wuerstchen_core.checkpoints.sets import MINI, SET, distilled_name, find_distilled, find_set
 
 FOLDER = "wuerstchen"
 # The folders for each kind of network, the likeliest first; the authors' file of Stage B also holds the compressor.
@@ -111,9 +111,8 @@ def listed_file(kind: str, name: str) -> Path:
 
 
 def _distilled() -> dict[str, Path]:
-    stages = {"stage_c": "Stage C", "stage_b": "Stage B"}
     return {
-        f"{name}: few steps ({stages[stage]})": path
+        distilled_name(name, stage): path
         for name, folder in model_sets().items()
         for stage, path in find_distilled(folder).items()
     }

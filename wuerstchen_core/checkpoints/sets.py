@@ -28,6 +28,11 @@ OPTIONAL = ("text_encoder_b", "previewer")
 DISTILLED = {"stage_c": "stage_c_distilled.safetensors", "stage_b": "stage_b_distilled.safetensors"}
 
 
+def distilled_name(model: str, stage: str) -> str:
+    """What a set's distilled network is called among LoRAs; stage: "stage_c" or "stage_b"."""
+    return f"{model}: few steps (Stage {stage[-1].upper()})"
+
+
 def find_set(folder: str | Path, given: Mapping[str, Path] | None = None) -> dict[str, Path]:
     """The files of a folder that holds a whole set, those of `given` in the place of its own.
 

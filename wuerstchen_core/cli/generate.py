@@ -28,6 +28,8 @@ DEFAULTS: dict[str, Any] = {
     "cfg_interval": STAGE_C.cfg_interval,
     "cfg_rescale": STAGE_C.cfg_rescale,
 }
+SAMPLING = ("steps_c", "cfg_c", "steps_b", "cfg_b", "sampler", "sampler_b", "schedule", "schedule_b", "cfg_interval",
+            "cfg_rescale", "negative_prompt", "distilled")  # fmt: skip
 
 
 def add_commands(commands) -> None:
@@ -87,6 +89,13 @@ def add_commands(commands) -> None:
         default = getattr(defaults, name)
         what = f"{stage}{about[name]} (default: {default})"
         generate.add_argument(f"--{flag}", type=kind, metavar=metavar, help=what)
+    generate.add_argument("--sampler-b", metavar="NAME", help="Stage B's sampler (default: the same)")
+    generate.add_argument(
+        "--distilled",
+        action=argparse.BooleanOptionalAction,
+        help="draw by the set's distilled networks, in a few steps without guidance (default: if the set has any, and "
+        "none of these options, no LoRA and no negative prompt is given)",
+    )
     generate.add_argument("--seed-b", type=int, metavar="N", help="Stage B's seed (default: the same)")
     low, high = STAGE_C.cfg_interval
     generate.add_argument(
@@ -136,19 +145,20 @@ def _generate(options: argparse.Namespace) -> None:
         raise WuerstchenError("--denoise is about a picture to start from: give one with --image")
     check_png(options.output)
     image = None if options.image is None else read_picture(options.image)
-    settings = {name: getattr(options, name) for name in DEFAULTS}
+    check_text("--negative", options.negative_prompt or "")
+    settings = {name: getattr(options, name) for name in ("width", "height", "batch_size", "seed")}
     settings = {name: DEFAULTS[name] if value is None else value for name, value in settings.items()}
-    check_text("--negative", settings["negative_prompt"])
     settings |= {name: value for name in ("seed_b", "tile") if (value := getattr(options, name)) is not None}
     if image is not None:
         settings["denoise"] = DENOISE if options.denoise is None else options.denoise
     chosen = [read_lora(text) for text in options.loras or ()]
     loras = [(load_lora(path), strength) for path, strength in chosen]
     model = load_model(options, options.offload)
-    own = {"width": model.defaults.side, "height": model.defaults.side, "cfg_c": model.defaults.cfg}
-    settings |= {name: value for name, value in own.items() if settings[name] is None}
+    settings |= {side: model.defaults.side for side in ("width", "height") if settings[side] is None}
+    settings |= _sampling(model, options)
     if options.source is not None:
-        print(command_line(options, {name: value for name, value in settings.items() if value != DEFAULTS.get(name)}))
+        usual = DEFAULTS if model.distilled else {**DEFAULTS, "distilled": False}
+        print(command_line(options, {name: value for name, value in settings.items() if value != usual.get(name)}))
     if options.compile:
         model.compile()
     of_c, of_b = ([one for one in loras if one[0].stage == stage] for stage in ("Stage C", "Stage B"))
@@ -162,6 +172,8 @@ def _generate(options: argparse.Namespace) -> None:
 
         pictures = model.generate(options.prompt, **settings, image=image, progress=show)
     told = {"prompt": options.prompt, **settings, "device": options.device}
+    if told.pop("distilled"):
+        told["distilled"] = list(model.distilled)
     if dtype_of(model.stage_c) != torch.float32:
         told["dtype"] = name_of(dtype_of(model.stage_c))
     told["model"] = "mini" if options.model is None else options.model.absolute().name
@@ -170,7 +182,7 @@ def _generate(options: argparse.Namespace) -> None:
     told |= {role: path.name for role, path in given_networks(options).items()}
     if chosen:
         told["loras"] = [f"{path.name}:{shown_strength(strength)}" for path, strength in chosen]
-    around = _circumstances(model, options.image)
+    around = _circumstances(model, options.image, frozenset(Path(lora.path).name for lora, _ in of_b))
     for number, picture in enumerate(pictures, start=1):
         path = options.output
         if settings["batch_size"] > 1:
@@ -180,7 +192,30 @@ def _generate(options: argparse.Namespace) -> None:
         print(path)
 
 
-def _circumstances(model, image: Path | None) -> Circumstances:
+def _sampling(model, options: argparse.Namespace) -> dict[str, Any]:
+    """All that decides how the stages sample, in full; with a LoRA of the user's the set's own networks draw."""
+    asked = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
+    if options.loras:
+        asked.setdefault("distilled", False)
+    sampling = model.sampling(**asked)
+    stage_c, stage_b = sampling.stage_c, sampling.stage_b
+    settings = {
+        "negative_prompt": options.negative_prompt or "",
+        "steps_c": stage_c.steps,
+        "cfg_c": stage_c.cfg,
+        "steps_b": stage_b.steps,
+        "cfg_b": stage_b.cfg,
+        "sampler": stage_c.sampler,
+        "schedule": stage_c.schedule,
+        "schedule_b": stage_b.schedule,
+        "cfg_interval": stage_c.cfg_interval,
+        "cfg_rescale": stage_c.cfg_rescale,
+        "distilled": bool(sampling.distilled),
+    }
+    return settings if stage_b.sampler == stage_c.sampler else {**settings, "sampler_b": stage_b.sampler}
+
+
+def _circumstances(model, image: Path | None, loras_of_stage_b: frozenset[str]) -> Circumstances:
     from PIL import Image
 
     transparent = profile = False
@@ -192,4 +227,5 @@ def _circumstances(model, image: Path | None) -> Circumstances:
         text_for_stage_b=model.text_encoder_b is not None,
         transparent=transparent,
         has_profile=profile,
+        loras_of_stage_b=loras_of_stage_b,
     )

@@ -26,7 +26,9 @@ def fill_in(options: argparse.Namespace) -> None:
     for name, value in asked.settings.items():
         if name in ("batch_number", "device", "dtype") or getattr(options, name, None) is not None:
             continue
-        if name in ("model", "image", *NETWORKS):
+        if name == "distilled":
+            value = bool(value)
+        elif name in ("model", "image", *NETWORKS):
             value = None if (name, value) == ("model", "mini") else _found(value, _option(name), source)
         elif name == "loras":
             loras = map(read_lora, value)
@@ -56,6 +58,8 @@ def command_line(options: argparse.Namespace, settings: Mapping) -> str:
 
 
 def _words(option: str, value) -> list[str]:
+    if isinstance(value, bool):
+        return [option if value else option.replace("--", "--no-", 1)]
     if isinstance(value, (list, tuple)):
         return [option, *map(str, value)]
     value = str(value)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..checkpoints.sets import distilled_name
 from .graph import Graph, Node, Output
 
 LARGEST_EXACT = 2**53  # a larger whole number is rounded by the page
@@ -18,7 +19,8 @@ ROLES = {
 SLOTS = {"stage_c": 0, "text_encoder_c": 1, "stage_b": 2, "text_encoder_b": 3, "stage_a": 4, "semantic_compressor": 5}
 MADE_OF = {  # all that a graph can be made of; what else was asked for is told in the note
     "prompt", "negative_prompt", "width", "height", "batch_size", "seed", "seed_b", "steps_c", "cfg_c", "steps_b",
-    "cfg_b", "sampler", "schedule", "schedule_b", "cfg_interval", "cfg_rescale", "denoise", "tile", "dtype", "device",
+    "cfg_b", "sampler", "sampler_b",
+    "schedule", "schedule_b", "distilled", "cfg_interval", "cfg_rescale", "denoise", "tile", "dtype", "device",
     "model", "image", "loras", "batch_number", *ROLES,
 }  # fmt: skip
 
@@ -32,6 +34,7 @@ class Circumstances:
     pictures: int = 1  # to start from
     transparent: bool = False  # the picture to start from
     has_profile: bool = False  # of its colours
+    loras_of_stage_b: frozenset[str] = frozenset()  # by the names of their files
 
 
 def graph_of(told: Mapping, around: Circumstances = Circumstances()) -> Graph:
@@ -44,9 +47,14 @@ def graph_of(told: Mapping, around: Circumstances = Circumstances()) -> Graph:
     networks = _networks(graph, told, around)
     for lora in told.get("loras", ()):
         name, _, strength = lora.rpartition(":")
-        loaded = graph.add("WuerstchenLoadLoRA", model=networks["stage_c"], file=name, strength=float(strength))
-        networks["stage_c"] = loaded[0]
+        stage = "stage_b" if name in around.loras_of_stage_b else "stage_c"
+        loaded = graph.add("WuerstchenLoadLoRA", model=networks[stage], file=name, strength=float(strength))
+        networks[stage] = loaded[0]
         graph.notes.append(f"Put the LoRA `{name}` into `models/loras`.")
+
+    for stage in told.get("distilled", ()):
+        few_steps = distilled_name(told["model"], stage)
+        networks[stage] = graph.add("WuerstchenLoadLoRA", model=networks[stage], file=few_steps, strength=1.0)[0]
 
     prompt = graph.add("PrimitiveStringMultiline", "Prompt", value=_cleaned(told["prompt"]))
     negative = graph.add("PrimitiveStringMultiline", "Negative prompt", value=_cleaned(told["negative_prompt"]))
@@ -85,7 +93,7 @@ def graph_of(told: Mapping, around: Circumstances = Circumstances()) -> Graph:
         seed=_seed(graph, "Stage B", told.get("seed_b", told["seed"])),
         steps=told["steps_b"],
         cfg=told["cfg_b"],
-        sampler=told["sampler"],
+        sampler=told.get("sampler_b", told["sampler"]),
         positive=positive_b,
         negative=negative_b,
         schedule=told["schedule_b"],

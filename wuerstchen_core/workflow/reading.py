@@ -9,22 +9,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoints.sets import distilled_name
 from ..diffusion.samplers import SAMPLERS
 from ..util.checks import shown
 from ..util.errors import WuerstchenError
 from .drawing import ROLES, SLOTS
 
 TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(
-        ("prompt", "negative_prompt", "sampler", "schedule", "schedule_b", "device", "dtype", "model", "image", *ROLES),
-        str,
-    ),
+    **dict.fromkeys(("prompt", "negative_prompt", "sampler", "sampler_b", "schedule", "schedule_b"), str),
+    **dict.fromkeys(("device", "dtype", "model", "image", *ROLES), str),
     **dict.fromkeys(
         ("width", "height", "batch_size", "seed", "seed_b", "steps_c", "steps_b", "batch_number", "tile"), int
     ),
     **dict.fromkeys(("cfg_c", "cfg_b", "cfg_rescale", "denoise"), (int, float)),
     "cfg_interval": list,
     "loras": list,
+    "distilled": list,
 }
 FILES = ("model", "image", *ROLES)
 OTHERS = {"euler": "ddim"}  # ComfyUI's names -> those of the same samplers here
@@ -55,9 +55,9 @@ def settings_of_record(record: Mapping, where: str) -> Asked:
 def _checked(name: str, value: object, where: str):
     if not isinstance(value, TYPES[name]) or isinstance(value, bool):
         raise WuerstchenError(f"{where}: its {name} is {shown(value)}, which is of the wrong type")
+    if isinstance(value, list) and name != "cfg_interval" and not all(isinstance(one, str) for one in value):
+        raise WuerstchenError(f"{where}: its {name} are not texts")
     if name == "loras":
-        if not all(isinstance(lora, str) for lora in value):  # type: ignore[attr-defined]
-            raise WuerstchenError(f"{where}: its loras are not texts")
         return [_file_name(lora) for lora in value]  # type: ignore[attr-defined]
     return _file_name(value) if name in FILES else value
 
@@ -146,6 +146,7 @@ class _Reader:
             start = self._source(semantic.node_id, "latent" if semantic.kind != "KSampler" else "latent_image")
         else:
             denoise, start = 0.0, semantic
+            self.settings["sampler"] = self.settings.pop("sampler_b")
             self.settings["prompt"] = self.prompts_b["positive"] or ""
         for name, ours in (("positive", "prompt"), ("negative", "negative_prompt")):
             text = self.prompts_b[name]
@@ -184,8 +185,9 @@ class _Reader:
         sampler = name if ours else OTHERS.get(name, name)
         if sampler not in SAMPLERS:
             raise self._refuse(f"Stage {stage.upper()} was drawn by {name}, which generate does not have")
-        if self.settings.setdefault("sampler", sampler) != sampler:
-            raise self._refuse("its Stages B and C were drawn by different samplers, and generate takes one for both")
+        self.settings["sampler_b" if stage == "b" else "sampler"] = sampler
+        if stage == "c" and self.settings["sampler_b"] == sampler:
+            del self.settings["sampler_b"]
         if not ours:
             scheduler = self._value(node, "scheduler", str)
             if scheduler != "simple":
@@ -214,17 +216,18 @@ class _Reader:
     # Networks
 
     def _model(self, role: str, source: Source) -> None:
-        loras = []
+        loras: list[tuple[str, float]] = []
         while source.kind in ("WuerstchenLoadLoRA", "LoraLoaderModelOnly"):
             ours = source.kind == "WuerstchenLoadLoRA"
             file = _file_name(self._value(source, "file" if ours else "lora_name", str))
-            loras.append(f"{file}:{self._number(source, 'strength' if ours else 'strength_model')!r}")
+            loras.append((file, self._number(source, "strength" if ours else "strength_model")))
             source = self._source(source.node_id, "model")
-        if loras and role != "stage_c":
-            raise self._refuse("there is a LoRA on its Stage B; generate takes those of Stage C")
-        if loras:
-            self.settings["loras"] = loras[::-1]
         self._network(role, source, ("WuerstchenLoadStageC" if role == "stage_c" else "WuerstchenLoadStageB",))
+        distilled = (distilled_name(self.settings.get("model", ""), role), 1.0)
+        if distilled in loras:
+            self.settings.setdefault("distilled", []).append(role)
+        if others := [f"{file}:{strength!r}" for file, strength in reversed(loras) if (file, strength) != distilled]:
+            self.settings["loras"] = others + self.settings.get("loras", [])
 
     def _network(self, role: str, source: Source, loaders: tuple[str, ...]) -> None:
         self._expect(source, "WuerstchenLoadModel", *loaders)
