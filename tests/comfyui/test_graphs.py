@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import wuerstchen_core as w
+from tests import blueprints
 from tests.comfyui.host import psnr
 from tests.reference import fill_zeros
 from wuerstchen_core.checkpoints.sets import MINI, SET
@@ -192,3 +193,15 @@ def test_the_chosen_draft_is_that_picture_of_the_batch(execute, mini):
     graph = smaller(read("draft_and_finish"), 3)
     batch = mini.generate(**asked(graph), batch_size=8, steps_c=3, steps_b=3)
     assert psnr(execute(graph), batch[2]) > 50
+
+
+def test_the_blueprints_draw_what_the_core_generates(execute, nodes, mini, tmp_path):
+    known = {node_id: list(blueprints.widgets(node.define_schema())) for node_id, node in nodes.items()}
+    known["PrimitiveStringMultiline"] = ["value"]
+    drawn = execute(blueprints.flat(blueprints.read(blueprints.TEXT), known))
+    assert psnr(drawn, mini.generate("fox in fluent style", seed=1)[0]) > 50
+    source = {"source": {"inputs": {"image": "example.png"}, "class_type": "LoadImage", "_meta": {}}}
+    graph = blueprints.flat(blueprints.read(blueprints.PICTURE), known, image=["source", 0])
+    image = read_picture(tmp_path / "example.png")[None, ..., :3]
+    expected = mini.generate("fox in fluent style", seed=1, image=image, denoise=0.6)[0]
+    assert psnr(execute(graph | source), expected) > 50
