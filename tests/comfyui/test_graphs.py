@@ -159,8 +159,13 @@ def changed(graph, title, **inputs):
     }
 
 
+def source(folder):
+    """The picture that LoadImage reads, its mask aside: (300, 500, 3)"""
+    return torch.from_numpy(np.asarray(Image.open(folder / "example.png").convert("RGB")) / 255).float()
+
+
 def test_inpainting_changes_nothing_outside_of_the_mask(execute, tmp_path):
-    original = read_picture(tmp_path / "example.png")[..., :3]
+    original = source(tmp_path)
     inside = torch.zeros(300, 500, dtype=torch.bool)
     inside[100:250, 150:400] = True
     drawn = execute(smaller(read("inpainting"), 2))
@@ -200,8 +205,7 @@ def test_the_blueprints_draw_what_the_core_generates(execute, nodes, mini, tmp_p
     known["PrimitiveStringMultiline"] = ["value"]
     drawn = execute(blueprints.flat(blueprints.read(blueprints.TEXT), known))
     assert psnr(drawn, mini.generate("fox in fluent style", seed=1)[0]) > 50
-    source = {"source": {"inputs": {"image": "example.png"}, "class_type": "LoadImage", "_meta": {}}}
-    graph = blueprints.flat(blueprints.read(blueprints.PICTURE), known, image=["source", 0])
-    image = read_picture(tmp_path / "example.png")[None, ..., :3]
-    expected = mini.generate("fox in fluent style", seed=1, image=image, denoise=0.6)[0]
-    assert psnr(execute(graph | source), expected) > 50
+    loader = {"loader": {"inputs": {"image": "example.png"}, "class_type": "LoadImage", "_meta": {}}}
+    graph = blueprints.flat(blueprints.read(blueprints.PICTURE), known, image=["loader", 0])
+    expected = mini.generate("fox in fluent style", seed=1, image=source(tmp_path), denoise=0.6)[0]
+    assert psnr(execute(graph | loader), expected) > 50
