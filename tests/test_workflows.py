@@ -15,8 +15,13 @@ from wuerstchen_core.models.stage_c import Prior, StageCConfig
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
 
 FOLDER = Path(__file__).parents[1] / "workflows"
-RELEASED = "text_to_image_v2"  # it takes the released weights, the others the mini
-NAMES = ("text_to_image", "image_to_image", "image_variation", "mix_two_pictures", "text_to_image_ksampler", RELEASED)
+RELEASED = ("text_to_image_v2", "image_to_image_v2")  # they take the released weights, the others the mini
+NAMES = (
+    "text_to_image", "image_to_image", "image_variation", "mix_two_pictures", "text_to_image_ksampler", "inpainting",
+    "outpainting", "two_areas", "lora", "draft_and_finish", "upscale_2x", *RELEASED,
+)  # fmt: skip
+WITHOUT_STAGE_C = ("image_variation", "upscale_2x")
+NOT_OFFERED = "model_v2_stage_b.pt"  # the page offers no .pt
 WIDGETS = ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN")
 NOTE = "MarkdownNote"
 
@@ -72,6 +77,64 @@ COMFYUI = {
         (("LATENT", "LATENT"),),
     ),
     "VAEDecode": Node("VAE Decode", (Input("samples", "LATENT"), Input("vae", "VAE")), (("IMAGE", "IMAGE"),)),
+    "SetLatentNoiseMask": Node(
+        "Set Latent Noise Mask", (Input("samples", "LATENT"), Input("mask", "MASK")), (("LATENT", "LATENT"),)
+    ),
+    "ImageCompositeMasked": Node(
+        "ImageCompositeMasked",
+        (
+            Input("destination", "IMAGE"),
+            Input("source", "IMAGE"),
+            Input("x", "INT", least=0),
+            Input("y", "INT", least=0),
+            Input("resize_source", "BOOLEAN"),
+            Input("mask", "MASK", optional=True),
+        ),
+        (("IMAGE", "IMAGE"),),
+    ),
+    "ImagePadForOutpaint": Node(
+        "Pad Image for Outpainting",
+        (
+            Input("image", "IMAGE"),
+            *(Input(side, "INT", least=0) for side in ("left", "top", "right", "bottom")),
+            Input("feathering", "INT", least=0),
+        ),
+        (("IMAGE", "IMAGE"), ("MASK", "MASK")),
+    ),
+    "ImageScale": Node(
+        "Upscale Image",
+        (
+            Input("image", "IMAGE"),
+            Input("upscale_method", "COMBO", options=("bicubic", "lanczos")),
+            Input("width", "INT", least=0),
+            Input("height", "INT", least=0),
+            Input("crop", "COMBO", options=("disabled", "center")),
+        ),
+        (("IMAGE", "IMAGE"),),
+    ),
+    "ConditioningSetAreaPercentage": Node(
+        "Conditioning (Set Area with Percentage)",
+        (
+            Input("conditioning", "CONDITIONING"),
+            *(Input(name, "FLOAT", least=0, most=1) for name in ("width", "height", "x", "y")),
+            Input("strength", "FLOAT", least=0),
+        ),
+        (("CONDITIONING", "CONDITIONING"),),
+    ),
+    "ConditioningCombine": Node(
+        "Conditioning (Combine)",
+        (Input("conditioning_1", "CONDITIONING"), Input("conditioning_2", "CONDITIONING")),
+        (("CONDITIONING", "CONDITIONING"),),
+    ),
+    "LatentFromBatch": Node(
+        "Latent From Batch",
+        (
+            Input("samples", "LATENT"),
+            Input("batch_index", "INT", least=0, most=63),
+            Input("length", "INT", least=1, most=64),
+        ),
+        (("LATENT", "LATENT"),),
+    ),
     "PrimitiveStringMultiline": Node("String (Multiline)", (Input("value", "STRING"),), (("STRING", "STRING"),)),
 }  # fmt: skip
 
@@ -98,8 +161,11 @@ def small_files(tiny_folder, tmp_path_factory):
 @pytest.fixture
 def released(models, small_files):
     """The model folders as they are once every file that a graph asks for has been put where it says."""
-    for model in wanted(read(RELEASED)):
-        (models / model["directory"] / model["name"]).symlink_to(small_files[model["name"]])
+    files = {(model["directory"], model["name"]) for graph in RELEASED for model in wanted(read(graph))}
+    for directory, name in files:
+        (models / directory / name).symlink_to(small_files[name])
+    (models / "diffusion_models" / NOT_OFFERED).symlink_to(small_files["wuerstchen_v2_stage_b.safetensors"])
+    (models / "loras" / "my_lora.safetensors").symlink_to(small_files["wuerstchen_stage_a.safetensors"])
     return small_files
 
 
@@ -142,9 +208,8 @@ def name(request):
     return request.param
 
 
-def test_the_folder_holds_the_graphs_in_both_formats_and_the_minis_with_thumbnails():
-    """A thumbnail is a picture that its graph drew; the released weights have not drawn one here."""
-    files = {f"{name}.json" for name in NAMES} | {f"{name}.jpg" for name in NAMES if name != RELEASED}
+def test_the_folder_holds_the_graphs_in_both_formats_with_thumbnails():
+    files = {f"{name}{suffix}" for name in NAMES for suffix in (".json", ".jpg")}
     assert {path.name for path in FOLDER.iterdir()} == files | {"api"}
     assert {path.name for path in (FOLDER / "api").iterdir()} == {f"{name}.json" for name in NAMES}
 
@@ -234,7 +299,7 @@ def test_a_live_preview_of_stage_c_has_room_in_its_group(name):
     samplers = [
         node for node in graph["nodes"] if node["type"] == "WuerstchenStageCSampler" or node.get("title") == "Stage C"
     ]
-    assert bool(samplers) == (name != "image_variation")
+    assert bool(samplers) == (name not in WITHOUT_STAGE_C)
     for sampler in samplers:
         x, y = sampler["pos"]
         end = y + sampler["size"][1] + 220
@@ -276,14 +341,15 @@ def test_both_formats_are_the_same_graph(name, catalogue):
 # Which file goes where
 
 
-def test_every_file_of_the_released_graph_can_be_offered(catalogue):
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_file_of_the_released_graphs_can_be_offered(name, catalogue):
     """By what ComfyUI's page asks of it: from an allowed host, of an allowed suffix, the one that its node has picked.
 
     That it is listed by the node once it lies in its directory, the combos of the schemas above show.
     """
-    graph, files = read(RELEASED), set()
+    graph, files = read(name), set()
     for node in graph["nodes"]:
-        if not node["type"].startswith("WuerstchenLoad"):
+        if not node["type"].startswith("WuerstchenLoad") or node["widgets_values"][0] == NOT_OFFERED:
             assert not node.get("properties", {}).get("models")
             continue
         (model,) = node["properties"]["models"]
@@ -295,8 +361,9 @@ def test_every_file_of_the_released_graph_can_be_offered(catalogue):
     assert len(files) == 4  # two of one name would be one file
 
 
-def test_the_note_names_every_file_its_folder_and_its_source():
-    graph = read(RELEASED)
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_note_names_every_file_its_folder_and_its_source(name):
+    graph = read(name)
     (note,) = (node["widgets_values"][0] for node in graph["nodes"] if node["type"] == NOTE)
     for model in wanted(graph):
         repository, path = re.fullmatch(
@@ -304,17 +371,22 @@ def test_the_note_names_every_file_its_folder_and_its_source():
         ).groups()
         (line,) = (line for line in note.splitlines() if f"`{model['directory']}/{model['name']}`" in line)
         assert f"({repository})" in line and f"`{path}`" in line
+    needs_pt = any(NOT_OFFERED in node.get("widgets_values", []) for node in graph["nodes"])
+    assert (f"- `diffusion_models/{NOT_OFFERED}`: [dome272/wuerstchen]" in note) == needs_pt
 
 
-def test_the_released_graph_samples_as_the_authors_do():
+def test_a_drawn_thumbnail_is_said_to_be_a_drawing():
+    """The released weights have drawn nothing here."""
+    for name in NAMES:
+        (note,) = (node["widgets_values"][0] for node in read(name)["nodes"] if node["type"] == NOTE)
+        assert ("The thumbnail is a drawing" in note) == (name in RELEASED)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_graphs_sample_as_the_authors_do(name):
     """Stage C at the 29 steps between the 30 released times with guidance 4, Stage B in 12 without."""
-    settings = {node["class_type"]: node["inputs"] for node in read(RELEASED, FOLDER / "api").values()}
+    settings = {node["class_type"]: node["inputs"] for node in read(name, FOLDER / "api").values()}
     stage_c, stage_b = settings["WuerstchenStageCSampler"], settings["WuerstchenStageBSampler"]
-    assert [stage_c[given] for given in ("steps", "cfg", "sampler", "schedule", "denoise")] == [
-        29,
-        4,
-        "ddpm",
-        "uneven",
-        1,
-    ]
+    assert [stage_c[given] for given in ("steps", "cfg", "sampler", "schedule")] == [29, 4, "ddpm", "uneven"]
+    assert (stage_c["denoise"] == 1) == (name == "text_to_image_v2")
     assert [stage_b[given] for given in ("steps", "cfg", "sampler", "schedule")] == [12, 1, "ddpm", "even"]
