@@ -95,11 +95,12 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
 def _draw(model: Wuerstchen, captions: list[str], side: int, name: str) -> Iterator[Tensor]:
     """A picture (side, side, 3) for each caption, at the default settings."""
     geometry = Geometry(side, side)
-    empty = model.text_encoder_c([""])
+    empty, cfg = model.text_encoder_c([""]), model.defaults.cfg
     for start in tqdm(range(0, len(captions), BATCH), desc=name, leave=False):
         batch = captions[start : start + BATCH]
         latent = torch.zeros(len(batch), model.stage_c.config.latent_channels, *geometry.stage_c)
-        semantic = pipeline.sample_stage_c(model.stage_c, latent, model.text_encoder_c(batch), empty, seed=start)
+        text_c = model.text_encoder_c(batch)
+        semantic = pipeline.sample_stage_c(model.stage_c, latent, text_c, empty, cfg=cfg, seed=start)
         text_b = None if model.text_encoder_b is None else model.text_encoder_b(batch)
         latent = pipeline.sample_stage_b(model.stage_b, semantic, geometry, text_b, seed=start)
         yield from pipeline.decode(model.stage_a, latent, geometry)
