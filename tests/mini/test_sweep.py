@@ -45,8 +45,9 @@ def test_the_guidance_is_the_model_s_unless_it_is_asked_for(watched, data, monke
     )
     for cfg in (None, 7.0):
         sweep.stage_c_draws(watched, data, 1, 2, cfg)[0](SETTING, 0)
-    list(evaluation._draw(watched, ["red disc, noto style"], data.size, "drawing"))
-    assert asked == [2.0, 7.0, 2.0]
+    assert asked == [2.0, 7.0]
+    monkeypatch.setattr(evaluation, "_figures", lambda model, emoji, count, sampling: iter([sampling.stage_c.cfg]))
+    assert list(evaluation.evaluate(watched, data, 1)) == [2.0]
 
 
 def test_top_1_counts_the_previews_nearest_to_the_prompted_emoji(watched, data, monkeypatch):
