@@ -45,7 +45,7 @@ def test_a_sweep_has_a_row_for_each_setting_against_both_references(tmp_path):
         return torch.randn(2, 3, 4, generator=generator) + 1 / setting.steps
 
     settings = grid(["ddim", "ddpm"], ["even"], [2, 100])
-    rows = list(sweep(draw, settings, {"mean": lambda latents: latents.mean().item()}, 100))
+    rows = list(sweep(draw, settings, lambda latents: {"mean": latents.mean().item()}, 100))
     assert asked[:2] == [(Setting("dpmpp_2m", "even", 100), 0), (Setting("ddpm", "even", 100), 1)]
     assert [(row["sampler"], row["steps"]) for row in rows] == [("ddim", 2), ("ddim", 100), ("ddpm", 2), ("ddpm", 100)]
     assert rows[0]["distance"] > 0.1 and rows[1]["distance"] == 0 and rows[2]["distance"] is None

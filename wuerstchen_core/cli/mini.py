@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..diffusion.options import STAGE_C, SamplingOptions
+from ..diffusion.options import SamplingOptions
 from ..util.atomic import replacing
 from ..util.checks import whole_number
 from ..util.errors import WuerstchenError
@@ -44,7 +44,7 @@ def add_evaluate_commands(evaluate) -> None:
     sweep.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 30], metavar="N", help="to compare")
     sweep.add_argument("--count", type=int, default=12, metavar="N", help="prompts or pictures (default: 12)")
     sweep.add_argument("--draws", type=int, default=4, metavar="N", help="of each of them (default: 4)")
-    sweep.add_argument("--cfg", type=float, default=STAGE_C.cfg, metavar="S", help="Stage C: strength of the guidance")
+    sweep.add_argument("--cfg", type=float, metavar="S", help="strength of Stage C's guidance (default: the model's)")
     sweep.add_argument("--reference", type=int, default=200, metavar="N", help="steps to compare with (default: 200)")
     sweep.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON; a plot of its name beside it")
     add_model(sweep)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int, sampling: Sampling 
     """
     if not 1 <= count <= len(emoji):
         raise WuerstchenError(f"count is {count}: it must be from 1 to {len(emoji)}, the emoji of the data set")
-    sampling = sampling or Sampling(STAGE_C, STAGE_B, {})
+    sampling = sampling or Sampling(replace(STAGE_C, cfg=model.defaults.cfg), STAGE_B, {})
     with model.drawn_with(sampling):
         yield from _figures(model, emoji, count, sampling)
 

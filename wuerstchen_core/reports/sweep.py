@@ -14,7 +14,7 @@ from ..util.atomic import replacing
 from ..util.errors import WuerstchenError
 from .plots import plotted
 
-Figure = Callable[[Tensor], float]
+Figures = Callable[[Tensor], dict[str, float]]  # of latents, by name
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def grid(samplers: Iterable[str], schedules: Iterable[str], steps: Iterable[int]
     return [Setting(*one) for one in itertools.product(samplers, schedules, steps)]
 
 
-def sweep(draw: Draw, settings: list[Setting], figures: dict[str, Figure], reference_steps: int) -> Iterator[dict]:
+def sweep(draw: Draw, settings: list[Setting], figures: Figures, reference_steps: int) -> Iterator[dict]:
     """One row per setting: its fields, `distance`, `energy` and the `figures` of its latents.
 
     `distance` is ||x - y|| / ||y|| to the solution of the ODE, by `reference_steps` steps of dpmpp_2m from the same
@@ -46,7 +46,7 @@ def sweep(draw: Draw, settings: list[Setting], figures: dict[str, Figure], refer
             **asdict(setting),
             "distance": None if setting.sampler in STOCHASTIC else distance(drawn, solution),
             "energy": energy_distance(drawn, ancestral),
-            **{name: figure(drawn) for name, figure in figures.items()},
+            **figures(drawn),
         }
 
 
@@ -90,8 +90,9 @@ def _cell(value: object) -> str:
 
 
 def plot(path: Path, rows: list[dict], title: str) -> None:
-    """A panel per figure, over steps; a line per sampler and schedule."""
+    """A panel per figure that any row has, over steps; a line per sampler and schedule."""
     figures = [name for name in rows[0] if name not in ("sampler", "schedule", "steps")]
+    figures = [name for name in figures if any(row[name] is not None for row in rows)]
     lines = dict.fromkeys((row["sampler"], row["schedule"]) for row in rows)
     with plotted(path, panels=len(figures), width=5.0) as panels:
         for panel, figure in zip(panels, figures, strict=True):
