@@ -54,7 +54,7 @@ class Folder:
         path = self.folder / f"{line.name}{LATENT}"
         if path.exists():
             return
-        metadata = {KEY: json.dumps({**told, "index": line.index})}
+        metadata = {KEY: json.dumps({**told, "index": line.index, "loras": line.loras})}
         with replacing(path) as partial:
             save_file({"latent": latent.contiguous().cpu()}, partial, metadata=metadata)
 

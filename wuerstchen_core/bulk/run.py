@@ -1,9 +1,10 @@
 """All pictures of a file, stage by stage: texts, Stage C, Stage B, Stage A, in rounds."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ MOST_ELSEWHERE = 32
 ROUND = 16  # batches between two changes of the network that is on the device
 
 Work = tuple[list[Line], Tensor]
+T = TypeVar("T")
+
+
+def _by_loras(several: Iterable[T], loras: Callable[[T], tuple[str, ...]]) -> list[tuple[tuple[str, ...], list[T]]]:
+    return [(key, list(alike)) for key, alike in groupby(several, key=loras)]
 
 
 @dataclass
@@ -136,9 +142,10 @@ class Run:
             self._write_latents(semantic, folder)
             return
         latents: list[Work] = []
-        with painter.at_work(model.stage_b):
-            for lines, latent in semantic:
-                latents += self._each(lines, painter.stage_b, latent)
+        for loras, works in _by_loras(semantic, lambda work: work[0][0].loras):
+            with self._at_work("Stage B", loras, [lines for lines, _ in works]) as ready:
+                for lines, latent in works if ready else ():
+                    latents += self._each(lines, painter.stage_b, latent)
         with painter.at_work(model.stage_a):
             for lines, latent in latents:
                 for line, one in zip(lines, latent.split(1), strict=True):
@@ -148,20 +155,32 @@ class Run:
 
     def _semantic(self, round_: list[list[Line]]) -> Iterator[Work]:
         """The latents of Stage C: loaded, or drawn with the LoRAs of each batch."""
-        painter, stage_c = self.painter, self.painter.model.stage_c
-        for loras, several in groupby(round_, key=lambda batch: batch[0].loras):
-            alike = list(several)
-            if alike[0][0].latent is not None:
-                for batch in alike:
-                    yield from self._each(batch, painter.load)
-                continue
+        painter = self.painter
+        if round_[0][0].latent is not None:
+            for batch in round_:
+                yield from self._each(batch, painter.load)
+            return
+        for loras, several in _by_loras(round_, lambda batch: batch[0].loras):
+            with self._at_work("Stage C", loras, several) as ready:
+                for batch in several if ready else ():
+                    yield from self._each(batch, painter.stage_c)
+
+    @contextmanager
+    def _at_work(self, stage: str, loras: tuple[str, ...], several: list[list[Line]]) -> Iterator[bool]:
+        """The stage's network with its LoRAs on the device; False if one cannot be used, which is told of all lines."""
+        model = self.painter.model
+        network = model.stage_c if stage == "Stage C" else model.stage_b
+        with ExitStack() as stack:
             try:
-                with apply_loras(stage_c, map(self._lora, loras)), painter.at_work(stage_c):
-                    for batch in alike:
-                        yield from self._each(batch, painter.stage_c)
-            except WuerstchenError as error:  # of a LoRA
-                for line in (line for batch in alike for line in batch):
+                loaded = [one for one in map(self._lora, loras) if one[0].stage == stage]
+                stack.enter_context(apply_loras(network, loaded))
+                stack.enter_context(self.painter.at_work(network))
+            except (WuerstchenError, OSError) as error:
+                for line in (line for batch in several for line in batch):
                     self.errors.add(line, error)
+                yield False
+                return
+            yield True
 
     def _lora(self, text: str) -> tuple[LoRA, float]:
         path, strength = self.lora_file(text)

@@ -77,7 +77,8 @@ def generate_many(options: argparse.Namespace, defaults: Mapping[str, Any]) -> N
         whole = {name: value for name, value in {**defaults, **own, **given}.items() if name != "batch_size"}
         check_text("--negative", whole["negative_prompt"])
         for lora in options.loras or ():
-            load_lora(read_lora(lora)[0]).check(model.stage_c)
+            loaded = load_lora(read_lora(lora)[0])
+            loaded.check(model.stage_c if loaded.stage == "Stage C" else model.stage_b)
         _ = stage_c_options(whole), stage_b_options(whole)
         lines = Prompts(options.prompts, whole, tuple(options.loras or ()))
         if options.prompts == "-":
