@@ -142,6 +142,32 @@ def test_shards_are_read_by_the_trainer(draw):
     assert found == {ROWS[i]["prompt"]: ((256, ROWS[i].get("width", 256)), []) for i in DRAWN}
 
 
+def test_texts_that_are_not_kept_are_read_again(whole, draw, monkeypatch):
+    monkeypatch.setattr("wuerstchen_core.bulk.draw.TEXTS", 0)
+    draw("again")
+    assert files("again") == whole
+
+
+@pytest.mark.parametrize(
+    "wrong, why",
+    [
+        (["a cat"], "leave the one on the command line out"),
+        (["-o", "x.png"], "-o is for a single picture"),
+        (["--shard", "4/3"], "--shard is '4/3'"),
+        (["--pick", "p.jsonl"], "--pick chooses among the latents"),
+        (["--per-shard", "3"], "--per-shard is about shards"),
+        (["--lora", "missing.safetensors"], "missing.safetensors"),
+        (["--width", "100"], "width is 100"),
+        (["--sampler", "lms"], "unknown sampler"),
+    ],
+)
+def test_a_wrong_option_is_one_line(draw, capsys, wrong, why):
+    assert draw("out", *wrong) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and why in message, message
+    assert not Path("out").exists()
+
+
 def test_latents_first_then_the_pictures_of_them(whole, draw):
     assert draw("latents", "--until", "stage-c") == 2
     names = sorted(name for i in DRAWN for name in (f"{i:06}.preview.png", f"{i:06}.safetensors"))

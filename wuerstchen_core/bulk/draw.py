@@ -13,7 +13,7 @@ from ..pipeline import Wuerstchen, decode, sample_stage_b, sample_stage_c
 from .lines import Line, stage_b_options, stage_c_options
 from .output import load_latent
 
-TEXTS = 4096  # that are kept
+TEXTS = 512  # that are kept, at least
 
 
 @dataclass
@@ -39,13 +39,15 @@ class Painter:
         if encoder is None:
             return
         guided = [name for name in ("cfg_c", "cfg_b") if encoder is getattr(self.model, f"text_encoder_{name[-1]}")]
-        texts = {text for line in lines for name in guided for text in _texts(line, line.settings[name] != 1)}
-        new = [text for text in sorted(texts | {""}) if (id(encoder), text) not in self._texts]
+        texts = {text for line in lines for name in guided for text in _texts(line, line.settings[name] != 1)} | {""}
+        new = [text for text in sorted(texts) if (id(encoder), text) not in self._texts]
         if new:
             with self.at_work(encoder):
                 for text in new:
                     self._texts[id(encoder), text] = encoder([text])
-        while len(self._texts) > max(TEXTS, 2 * len(texts)):
+        for text in texts:
+            self._texts.move_to_end((id(encoder), text))
+        while len(self._texts) > max(TEXTS, 4 * len(lines) + 2):  # a prompt and a negative for each of two encoders
             self._texts.popitem(last=False)
 
     def states(self, encoder: TextEncoder | None, lines: Sequence[Line], cfg: str) -> tuple[Tensor | None, ...]:

@@ -56,12 +56,14 @@ def generate_many(options: argparse.Namespace, defaults: Mapping[str, Any]) -> N
     from ..bulk.plan import BLOCK, Share
     from ..bulk.run import Run
     from ..checkpoints.lora import load_lora
+    from ..geometry import Geometry
     from ..pipeline import MAX_BATCH
     from ..util.checks import whole_number
     from ..workflow.drawing import graph_of
 
     _check(options)
     share = Share.of(options.shard)
+    device = options.device  # which pictures are to name alike, whichever GPU drew them
     if options.device == "cuda" and "LOCAL_RANK" in os.environ:
         options.device = f"cuda:{os.environ['LOCAL_RANK']}"
     size = None if options.batch_size is None else whole_number("--batch", options.batch_size, 1, MAX_BATCH)
@@ -79,7 +81,7 @@ def generate_many(options: argparse.Namespace, defaults: Mapping[str, Any]) -> N
         for lora in options.loras or ():
             loaded = load_lora(read_lora(lora)[0])
             loaded.check(model.stage_c if loaded.stage == "Stage C" else model.stage_b)
-        _ = stage_c_options(whole), stage_b_options(whole)
+        _ = Geometry(whole["width"], whole["height"]), stage_c_options(whole), stage_b_options(whole)
         lines = Prompts(options.prompts, whole, tuple(options.loras or ()))
         if options.prompts == "-":
             lines = list(lines)
@@ -95,7 +97,7 @@ def generate_many(options: argparse.Namespace, defaults: Mapping[str, Any]) -> N
     else:
         output = Folder(Path(options.out), latents=options.until is not None)
     errors = Errors(output.folder, share.rank, share.world)
-    about, around = told_of_model(options, model), circumstances(model, None)
+    about, around = told_of_model(options, model) | {"device": device}, circumstances(model, None)
 
     def record(line: Line) -> tuple[dict[str, Any], Any]:
         told = {**line.settings, "batch_size": 1, **about}
