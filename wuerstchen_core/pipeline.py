@@ -6,7 +6,7 @@ float32. All noise is drawn on the CPU, so that a seed gives the same picture on
 or a WuerstchenError says which network went beyond its precision.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from .checkpoints.lora import load_lora
 from .checkpoints.sets import MINI, find_distilled, find_set
 from .diffusion.guidance import guide, keep_outside, prepare, within
 from .diffusion.inputs import check_latent, checked_mask, join_texts, shape_text
-from .diffusion.noise import noise_source
+from .diffusion.noise import noise_of_each, noise_source
 from .diffusion.options import MAX_CFG, MAX_SEED, MIN_SEED, STAGE_B, STAGE_C, SamplingOptions
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import MAX_STEPS, add_noise, sampling_times
@@ -79,6 +79,7 @@ def sample_stage_c(
     *,
     mask: Tensor | None = None,
     batch_index: list[int] | None = None,
+    seeds: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     **changed,
@@ -92,6 +93,7 @@ def sample_stage_c(
         mask: (1 or B, 1, p, q) in [0, 1]; where it is 0, `latent` is kept, and between 0 and 1 the predicted clean
             latent is blended with it at every step.
         batch_index: which pictures of a larger batch these are: they get the noise that they would get there.
+        seeds: one for each picture in the place of the options' seed: each gets the noise that it would get alone.
 
     Raises:
         WuerstchenError: the text comes from an encoder of another width, an option is out of its range, a size does not
@@ -108,7 +110,7 @@ def sample_stage_c(
     def condition(rows: slice):
         return stage_c.condition(texts[rows])
 
-    sampled = _sample("Stage C", stage_c, condition, latent, options, mask, batch_index, dtype, progress)
+    sampled = _sample("Stage C", stage_c, condition, latent, options, mask, batch_index, seeds, dtype, progress)
     return check_finite(sampled, "Stage C", dtype)
 
 
@@ -124,6 +126,7 @@ def sample_stage_b(
     latent: Tensor | None = None,
     mask: Tensor | None = None,
     batch_index: list[int] | None = None,
+    seeds: Sequence[int] | None = None,
     tile: int | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
@@ -170,7 +173,7 @@ def sample_stage_b(
             given = None if texts is None else texts[rows].to(dtype)
             return stage_b.condition(features[rows].to(dtype), given, latent.shape[-2:], window)
 
-        return _sample("Stage B", stage_b, condition, latent, options, mask, batch_index, dtype, progress)
+        return _sample("Stage B", stage_b, condition, latent, options, mask, batch_index, seeds, dtype, progress)
 
     try:
         return check_finite(run(dtype), "Stage B", dtype)
@@ -183,12 +186,12 @@ def sample_stage_b(
 
 
 def _sample(
-    name: str, network, condition, latent, options: SamplingOptions, mask, batch_index, dtype, progress
+    name: str, network, condition, latent, options: SamplingOptions, mask, batch_index, seeds, dtype, progress
 ) -> Tensor:
     latent = latent.float()
     if mask is not None:
         mask = checked_mask(mask, latent)
-    draw = noise_source(latent, options.seed, batch_index)
+    draw = noise_source(latent, options.seed, batch_index) if seeds is None else noise_of_each(latent, seeds)
     times = sampling_times(options.steps, options.schedule, options.denoise)
     if times[0] == 0:
         return latent

@@ -23,6 +23,21 @@ def test_benchmark_times_each_stage(tiny_folder, capsys):
     assert all(stage in lines[1] for stage in ("Stage C", "Stage B", "Stage A"))
 
 
+def test_benchmark_tells_pictures_a_second_of_each_batch(tiny_folder, capsys):
+    assert main(["benchmark", "--runs", "1", "--model", str(tiny_folder), "--batch", "1", "3"]) == 0
+    *lines, threads = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\d+ threads", threads)
+    rates = []
+    for line, batch in zip(lines, (1, 3), strict=True):
+        told = re.fullmatch(r"batch +(\d+) +(\S+) s, +(\S+) pictures a second, (\S+) times", line)
+        assert int(told[1]) == batch and float(told[3]) == pytest.approx(batch / float(told[2]), rel=0.2)
+        rates.append((float(told[3]), float(told[4])))
+    assert rates[0][1] == 1 and rates[1][1] == pytest.approx(rates[1][0] / rates[0][0], rel=0.1)
+    assert main(["benchmark", "--load", "x.safetensors", "--batch", "2"]) == 2
+    assert "--batch is an option of the comparison" in capsys.readouterr().err
+    assert main(["benchmark", "--batch", "0"]) == 2
+
+
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak of resident memory")
 def test_benchmark_tells_what_loading_takes(tiny_folder, tmp_path, capsys):
     """Every file on a line, with its time, its size and how much of that the peak of memory was."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..util.errors import WuerstchenError, first_line, one_line
+from ..workflow.drawing import Circumstances
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,6 +64,35 @@ def load_model(options: argparse.Namespace, offload: bool | None = False):
 
 def given_networks(options: argparse.Namespace) -> dict[str, Path]:
     return {role: path for role in NETWORKS if (path := getattr(options, role)) is not None}
+
+
+def told_of_model(options: argparse.Namespace, model) -> dict[str, Any]:
+    """What a picture says of the networks that drew it."""
+    import torch
+
+    from ..util.precision import dtype_of, name_of
+
+    told = {"device": options.device}
+    if dtype_of(model.stage_c) != torch.float32:
+        told["dtype"] = name_of(dtype_of(model.stage_c))
+    told["model"] = "mini" if options.model is None else options.model.absolute().name
+    return told | {role: path.name for role, path in given_networks(options).items()}
+
+
+def circumstances(model, image: Path | None, loras_of_stage_b: frozenset[str] = frozenset()) -> Circumstances:
+    from PIL import Image
+
+    transparent = profile = False
+    if image is not None:
+        with Image.open(image) as opened:
+            transparent, profile = opened.has_transparency_data, "icc_profile" in opened.info
+    return Circumstances(
+        one_text_encoder=model.text_encoder_b is model.text_encoder_c,
+        text_for_stage_b=model.text_encoder_b is not None,
+        transparent=transparent,
+        has_profile=profile,
+        loras_of_stage_b=loras_of_stage_b,
+    )
 
 
 def check_device(name: str) -> None:

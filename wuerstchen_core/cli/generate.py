@@ -8,8 +8,9 @@ from typing import Any
 from ..diffusion.options import STAGE_B, STAGE_C, SamplingOptions
 from ..models.defaults import RELEASED, SMALL
 from ..util.errors import WuerstchenError
-from ..workflow.drawing import Circumstances, graph_of
-from .common import add_model, check_png, check_text, command, given_networks, load_model
+from ..workflow.drawing import graph_of
+from . import bulk
+from .common import add_model, check_png, check_text, circumstances, command, load_model, told_of_model
 from .reproduce import command_line, fill_in, read_lora, shown_strength
 
 DEFAULTS: dict[str, Any] = {
@@ -42,13 +43,12 @@ def add_commands(commands) -> None:
         type=Path,
         metavar="PICTURE",
         help="draw again a PNG that generate, or ComfyUI with Würstchen, drew: its settings are read from it, and "
-        "other options change them",
+        "other options change them; or finish the latents in a folder of --until stage-c",
     )
     generate.add_argument(
         "-o",
         "--output",
         type=Path,
-        default=Path("wuerstchen.png"),
         metavar="FILE",
         help="PNG file; a batch gets -1, -2, … before the ending (default: wuerstchen.png)",
     )
@@ -70,7 +70,13 @@ def add_commands(commands) -> None:
     own = f"{SMALL.side} for the mini, {RELEASED.side} for the released weights"
     for side in ("width", "height"):
         generate.add_argument(f"--{side}", type=int, metavar="PIXELS", help=f"multiple of 8 (default: {own})")
-    generate.add_argument("--batch", dest="batch_size", type=int, metavar="N", help="number of pictures (default: 1)")
+    generate.add_argument(
+        "--batch",
+        dest="batch_size",
+        type=int,
+        metavar="N",
+        help="number of pictures (default: 1); of --prompts, how many at a time",
+    )
     for stage, defaults in (("c", STAGE_C), ("b", STAGE_B)):
         for name, type_, metavar in (("steps", int, "N"), ("cfg", float, "S")):
             default = f"{getattr(defaults, name):g}"
@@ -117,6 +123,7 @@ def add_commands(commands) -> None:
         help="side of Stage A's tiles and of the windows of Stage B's attention, a multiple of 64 from 256 on; 0: the "
         "whole picture (default: Stage A as memory allows, Stage B 1024 where a side has more than 1536)",
     )
+    bulk.add_options(generate)
     add_model(generate)
     generate.add_argument(
         "--offload",
@@ -126,16 +133,18 @@ def add_commands(commands) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    import torch
     from tqdm import tqdm
 
     from ..checkpoints.lora import load_lora
     from ..models.lora import apply_loras
     from ..pipeline import DENOISE
     from ..util.pictures import read_picture
-    from ..util.precision import dtype_of, name_of
     from ..workflow import png
 
+    if bulk.is_asked_for(options):
+        bulk.generate_many(options, DEFAULTS)
+        return
+    options.output = Path("wuerstchen.png") if options.output is None else options.output
     if options.source is not None:
         fill_in(options)
     if options.prompt is None:
@@ -171,18 +180,14 @@ def _generate(options: argparse.Namespace) -> None:
             bar.update()
 
         pictures = model.generate(options.prompt, **settings, image=image, progress=show)
-    told = {"prompt": options.prompt, **settings, "device": options.device}
+    told = {"prompt": options.prompt, **settings, **told_of_model(options, model)}
     if told.pop("distilled"):
         told["distilled"] = list(model.distilled)
-    if dtype_of(model.stage_c) != torch.float32:
-        told["dtype"] = name_of(dtype_of(model.stage_c))
-    told["model"] = "mini" if options.model is None else options.model.absolute().name
     if options.image is not None:
         told["image"] = options.image.name
-    told |= {role: path.name for role, path in given_networks(options).items()}
     if chosen:
         told["loras"] = [f"{path.name}:{shown_strength(strength)}" for path, strength in chosen]
-    around = _circumstances(model, options.image, frozenset(Path(lora.path).name for lora, _ in of_b))
+    around = circumstances(model, options.image, frozenset(Path(lora.path).name for lora, _ in of_b))
     for number, picture in enumerate(pictures, start=1):
         path = options.output
         if settings["batch_size"] > 1:
@@ -213,19 +218,3 @@ def _sampling(model, options: argparse.Namespace) -> dict[str, Any]:
         "distilled": bool(sampling.distilled),
     }
     return settings if stage_b.sampler == stage_c.sampler else {**settings, "sampler_b": stage_b.sampler}
-
-
-def _circumstances(model, image: Path | None, loras_of_stage_b: frozenset[str]) -> Circumstances:
-    from PIL import Image
-
-    transparent = profile = False
-    if image is not None:
-        with Image.open(image) as opened:
-            transparent, profile = opened.has_transparency_data, "icc_profile" in opened.info
-    return Circumstances(
-        one_text_encoder=model.text_encoder_b is model.text_encoder_c,
-        text_for_stage_b=model.text_encoder_b is not None,
-        transparent=transparent,
-        has_profile=profile,
-        loras_of_stage_b=loras_of_stage_b,
-    )

@@ -14,7 +14,12 @@ AGAINST: dict[str, dict[str, Any]] = {
     "size": {"choices": ["v2", "mini"], "help": "of the networks (default: v2, the released one; or that of --model)"},
     "width": {"type": int, "metavar": "PIXELS", "help": "multiple of 128 (default: 1024, of the mini 256)"},
     "height": {"type": int, "metavar": "PIXELS", "help": "multiple of 128 (default: 1024, of the mini 256)"},
-    "batch": {"type": int, "nargs": "+", "metavar": "N", "help": "pictures at once, one or several sizes (default: 1)"},
+    "batch": {
+        "type": int,
+        "nargs": "+",
+        "metavar": "N",
+        "help": "pictures at once, one or several sizes (default: 1); without --against, pictures a second",
+    },
     "steps-c": {"type": int, "metavar": "N", "help": "of Stage C (default: 60, diffusers'; ours are timed, too)"},
     "steps-b": {"type": int, "metavar": "N", "help": "of Stage B (default: 12, diffusers'; ours are timed, too)"},
     "timed-steps": {
@@ -56,17 +61,19 @@ def add_commands(commands) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    from ..reports.benchmark import benchmark, benchmark_loading
+    from ..reports.benchmark import benchmark, benchmark_batches, benchmark_loading
 
     if options.against is not None:
         _against_diffusers(options)
         return
     for name in AGAINST:
-        if getattr(options, name.replace("-", "_")) is not None:
+        if getattr(options, name.replace("-", "_")) is not None and (name != "batch" or options.load is not None):
             raise WuerstchenError(f"--{name} is an option of the comparison: add --against diffusers")
     if options.load is not None and options.dtype is not None:
         raise WuerstchenError("--load reads each file in its own precision: leave --dtype out")
-    if options.load is None:
+    if options.load is None and options.batch is not None:
+        lines = benchmark_batches(lambda: load_model(options), options.batch, options.runs)
+    elif options.load is None:
         lines = benchmark(lambda: load_model(options), options.runs)
     else:
         check_device(options.device)

@@ -1,7 +1,7 @@
 """The noise of a run, by its seed."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -32,3 +32,14 @@ def noise_source(latent: Tensor, seed: int, batch_index: list[int] | None) -> Ca
         return torch.randn(max(index) + 1, *latent.shape[1:], generator=generator)[index].to(latent.device)
 
     return draw
+
+
+def noise_of_each(latent: Tensor, seeds: Sequence[int]) -> Callable[[], Tensor]:
+    """As `noise_source`, with a seed for each picture: each gets the noise that it would get alone.
+
+    Raises WuerstchenError if there are more or fewer seeds than pictures.
+    """
+    if len(seeds) != len(latent):
+        raise WuerstchenError(f"there are {len(seeds)} seeds for {len(latent)} latents: give one for each of them")
+    draws = [noise_source(one, seed, None) for one, seed in zip(latent.split(1), seeds, strict=True)]
+    return lambda: torch.cat([draw() for draw in draws])

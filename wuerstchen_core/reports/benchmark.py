@@ -1,7 +1,8 @@
 """How long a model takes to load and to draw, and the memory that it needs."""
 
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from ..checkpoints.archive import open_archive
 from ..checkpoints.describe import describe
 from ..checkpoints.load import load_network, parts
-from ..pipeline import Wuerstchen
+from ..pipeline import MAX_BATCH, Wuerstchen
 from ..util.checks import whole_number
 from .memory import peak, peak_growth
 
@@ -36,6 +37,28 @@ def benchmark(load: Callable[[], Wuerstchen], runs: int) -> Iterator[str]:
     yield threads if most is None else f"peak memory {most / 2**30:.2f} GiB, {threads}"
 
 
+def benchmark_batches(load: Callable[[], Wuerstchen], batches: Sequence[int], runs: int) -> Iterator[str]:
+    """Draws so many pictures at once at the default steps, each number `runs` times, in turn; a line for each number.
+
+    Raises:
+        WuerstchenError: a number, or `runs`, is not possible.
+    """
+    whole_number("--runs", runs, 1, MAX_RUNS)
+    for batch in batches:
+        whole_number("--batch", batch, 1, MAX_BATCH)
+    model = load()
+    _time_picture(model, seed=0)  # the first one sets up what the libraries keep
+    seconds: dict[int, list[float]] = {batch: [] for batch in batches}
+    for run in range(1, runs + 1):
+        for batch, took in seconds.items():
+            took.append(sum(_time_picture(model, seed=run, batch_size=batch).values()))
+    medians = {batch: statistics.median(took) for batch, took in seconds.items()}
+    first = next(iter(medians)) / next(iter(medians.values()))
+    for batch, took in medians.items():
+        yield f"batch {batch:4} {took:7.2f} s, {batch / took:6.2f} pictures a second, {batch / took / first:.2f} times"
+    yield f"{torch.get_num_threads()} threads"
+
+
 def benchmark_loading(path: Path, device="cpu") -> Iterator[str]:
     """Loads the networks of a file one by one, in the file's own precision; a line a network.
 
@@ -59,7 +82,7 @@ def benchmark_loading(path: Path, device="cpu") -> Iterator[str]:
         del network
 
 
-def _time_picture(model: Wuerstchen, seed: int) -> dict[str, float]:
+def _time_picture(model: Wuerstchen, seed: int, batch_size: int = 1) -> dict[str, float]:
     """Seconds of each stage: text is in Stage C's, the time until the picture is there in Stage A's."""
     seconds = {"Stage C": 0.0, "Stage B": 0.0, "Stage A": 0.0}
     last = time.perf_counter()
@@ -70,6 +93,8 @@ def _time_picture(model: Wuerstchen, seed: int) -> dict[str, float]:
         seconds[stage] += now - last
         last = now
 
-    model.generate("a slice of pizza", seed=seed, progress=lambda stage, step, steps: clock(stage))
+    model.generate(
+        "a slice of pizza", seed=seed, batch_size=batch_size, progress=lambda stage, step, steps: clock(stage)
+    )
     clock("Stage A")
     return seconds
