@@ -19,6 +19,7 @@ LAYERS = [
     ("wuerstchen_core.pipeline",),
     ("wuerstchen_core.training.options", "wuerstchen_core.reports"),
     ("wuerstchen_core.training.data",),
+    ("wuerstchen_core.reports.evaluation",),
     ("wuerstchen_core.training.loop",),
     ("wuerstchen_core.training.stages",),
     ("wuerstchen_core.training.command",),
