@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..util.checks import whole_number
-from ..util.errors import WuerstchenError
+from ..util.errors import WuerstchenError, one_line
 from .common import check_device, check_file, command
 
 
@@ -29,6 +29,19 @@ def add_commands(evaluate) -> None:
     _add_features(robust)
     _add_reading(robust)
     _add_output(robust)
+
+    preference = command(evaluate, "preference", _preference, "which of two sets on the same prompts is preferred")
+    preference.add_argument("a", metavar="A", help="a folder of pictures, or shards")
+    preference.add_argument("b", metavar="B", help="the same prompts, pictures of the same names")
+    _add_prompts(preference)
+    preference.add_argument("--pickscore", type=Path, metavar="FOLDER", help="PickScore_v1, in transformers' layout")
+    preference.add_argument("--page", type=Path, metavar="FOLDER", help="write a page for a blind comparison by people")
+    _add_reading(preference)
+    preference.add_argument("--output", type=Path, metavar="FILE", help="JSON")
+
+    votes = command(evaluate, "votes", _votes, "what people voted on the page of `evaluate preference --page`")
+    votes.add_argument("files", nargs="+", type=Path, metavar="FILE", help="votes, a file for each participant")
+    votes.add_argument("--output", type=Path, metavar="FILE", help="JSON")
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +81,10 @@ def _check(options: argparse.Namespace) -> None:
     if options.limit is not None:
         whole_number("--limit", options.limit, 1, 10**9)
     check_device(options.device)
+    _check_output(options)
+
+
+def _check_output(options: argparse.Namespace) -> None:
     if options.output is not None:
         if options.output.suffix != ".json":
             raise WuerstchenError(f"{options.output}: --output takes a .json file")
@@ -148,3 +165,58 @@ def _robustness(options: argparse.Namespace) -> None:
         about = {"pictures": options.pictures, "count": count, "features": extractor.about}
         write_json(options.output, {**about, "FID": distances})
         plot(options.output.with_suffix(".png"), distances, options.pictures)
+
+
+def _preference(options: argparse.Namespace) -> None:
+    import torch
+
+    from ..reports.evaluation.figures import write_json
+    from ..reports.evaluation.preference import counted, paired, win_rate
+    from ..reports.evaluation.reading import Scorer, check_captions, check_set, score
+    from ..reports.evaluation.study import check_page, write_page
+    from ..reports.evaluation.text_scores import pick_score
+
+    _check(options)
+    if options.pickscore is None and (options.page is None or options.output is not None):
+        raise WuerstchenError("--pickscore FOLDER is missing; without it, only --page FOLDER can be written")
+    sets = {"A": options.a, "B": options.b}
+    for data in sets.values():
+        check_set(data)
+    if options.page is not None:
+        check_page(options.page)
+    prompts = _prompts(options, *sets.values())
+
+    def read(images: list, captions: list[str]):
+        return torch.zeros(len(images))
+
+    scorer: Scorer = read if options.pickscore is None else pick_score(options.pickscore, options.device)
+    a, b = (score(data, {"pick": scorer}, options.batch, options.limit, prompts) for data in sets.values())
+    order = paired(a, b, (options.a, options.b))
+    check_captions(options.a, a)
+    if options.pickscore is not None:
+        ours, theirs = a.values["pick"], b.values["pick"][order]
+        wins, ties, losses = counted(ours, theirs)
+        rate = win_rate(wins, ties, losses)
+        print(f"PickScore prefers A on {rate.rate:.1%} of {len(order)} prompts ({rate.low:.1%} to {rate.high:.1%})")
+        print(f"{wins} for A, {ties} equal, {losses} for B; mean {ours.mean():.3f} (A), {theirs.mean():.3f} (B)")
+        if options.output is not None:
+            counts = {"A_wins": wins, "equal": ties, "B_wins": losses}
+            means = {"mean_A": ours.double().mean().item(), "mean_B": theirs.double().mean().item()}
+            write_json(options.output, {**sets, **counts, **means, "win_rate": rate._asdict()})
+    if options.page is not None:
+        write_page(options.page, sets, a.keys, a.captions)
+        print(f"{len(order)} pairs in {options.page / 'index.html'}")
+
+
+def _votes(options: argparse.Namespace) -> None:
+    from ..reports.evaluation.figures import write_json
+    from ..reports.evaluation.study import as_json, read_votes, table, tallied
+
+    _check_output(options)
+    votes = [read_votes(path) for path in options.files]
+    rows = tallied(votes)
+    (a, b) = votes[0].sets
+    for line in (*table(rows), one_line(f"A: {a}, B: {b}")):
+        print(line)
+    if options.output is not None:
+        write_json(options.output, {"A": a, "B": b, "rows": as_json(rows)})
