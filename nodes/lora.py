@@ -10,17 +10,18 @@ class WuerstchenLoadLoRA(io.ComfyNode):
             "lora loader, style",
             node_id="WuerstchenLoadLoRA",
             display_name="Würstchen Load LoRA",
-            description="Applies a LoRA to Stage C. Several of these nodes in a row add up. ComfyUI's own LoRA loaders "
-            "work too, but do not read an alpha that is in a file's metadata.",
+            description="Applies a LoRA to Stage C or Stage B. Several of these nodes in a row add up. ComfyUI's own "
+            "LoRA loaders work too, but do not read an alpha that is in a file's metadata.",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="Stage C: from Würstchen Load Stage C, Würstchen Load Model or another LoRA."
+                    "model",
+                    tooltip="Stage C or Stage B: from its loader, from Würstchen Load Model or from another LoRA.",
                 ),
                 io.Combo.Input(
                     "file",
                     options=list(host.folders.weight_files("lora")),
                     tooltip=f"A file in {host.folders.places('lora')}: a LoRA for Würstchen's Stage C, which diffusers "
-                    "calls the prior.",
+                    "calls the prior, or for Stage B. A distilled network's (few steps) needs sampler lcm and cfg 1.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -34,7 +35,7 @@ class WuerstchenLoadLoRA(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(
-                    display_name="Stage C", tooltip="Stage C with the LoRA; the one that came in is unchanged."
+                    display_name="Stage C", tooltip="The stage with the LoRA; the one that came in is unchanged."
                 )
             ],
         )
@@ -49,5 +50,5 @@ class WuerstchenLoadLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, file: str, strength: float) -> io.NodeOutput:
-        host.models.require(model, "stage_c", "Würstchen Load LoRA")
+        host.models.require(model, None, "Würstchen Load LoRA")
         return io.NodeOutput(host.lora.with_lora(model, file, strength))

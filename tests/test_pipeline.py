@@ -53,14 +53,14 @@ def test_every_step_is_reported(tiny):
 
 
 def test_one_step_of_stage_c_by_hand(tiny):
-    """From t = 1 to 0 in one step of DDIM, guidance 3, in the formulas' own words."""
+    """From t = 1 to the clean latent in one step of DDIM, guidance 3, in the formulas' own words."""
     text, empty = text_of(tiny), text_of(tiny, "")
     noise = torch.randn(1, 16, 6, 6, generator=torch.Generator().manual_seed(9))
     t = torch.ones(1)
     uncond, cond = tiny.stage_c(noise, t, empty), tiny.stage_c(noise, t, text)
     predicted = uncond + 3 * (cond - uncond)
-    at_1, at_0 = alpha_bar(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
-    expected = at_0**0.5 * (noise - (1 - at_1) ** 0.5 * predicted) / at_1**0.5 + (1 - at_0) ** 0.5 * predicted
+    signal = alpha_bar(torch.ones(1, dtype=torch.float64)).item()
+    expected = (noise - (1 - signal) ** 0.5 * predicted) / signal**0.5
     sampled = pipeline.sample_stage_c(
         tiny.stage_c, torch.zeros(1, 16, 6, 6), text, empty, steps=1, cfg=3.0, sampler="ddim", seed=9
     )
@@ -76,9 +76,9 @@ def test_one_step_of_stage_b_by_hand(tiny):
     t = torch.ones(1)
     cond = tiny.stage_b(noise, t, features, text)
     uncond = tiny.stage_b(noise, t, torch.zeros_like(features), empty)
-    at_1, at_0 = alpha_bar(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
+    signal = alpha_bar(torch.ones(1, dtype=torch.float64)).item()
     for cfg, predicted in ((1.0, cond), (2.0, uncond + 2 * (cond - uncond))):
-        expected = at_0**0.5 * (noise - (1 - at_1) ** 0.5 * predicted) / at_1**0.5 + (1 - at_0) ** 0.5 * predicted
+        expected = (noise - (1 - signal) ** 0.5 * predicted) / signal**0.5
         sampled = pipeline.sample_stage_b(
             tiny.stage_b, latent, Geometry(256, 256), text, empty, steps=1, cfg=cfg, sampler="ddim", seed=9
         )

@@ -6,10 +6,11 @@ float32. All noise is drawn on the CPU, so that a seed gives the same picture on
 or a WuerstchenError says which network went beyond its precision.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ from .checkpoints.load import (
     load_stage_c,
     load_text_encoder,
 )
-from .checkpoints.sets import MINI, find_set
+from .checkpoints.lora import load_lora
+from .checkpoints.sets import MINI, find_distilled, find_set
 from .diffusion.guidance import guide, keep_outside, prepare, within
 from .diffusion.inputs import check_latent, checked_mask, join_texts, shape_text
 from .diffusion.noise import noise_source
@@ -35,6 +37,7 @@ from .diffusion.schedule import MAX_STEPS, add_noise, sampling_times
 from .geometry import Geometry
 from .models.compiled import compile_networks
 from .models.defaults import Defaults, defaults_of
+from .models.lora import LoRA, apply_loras
 from .models.previewer import Previewer
 from .models.semantic_compressor import SemanticCompressor
 from .models.stage_a import VQGAN
@@ -277,11 +280,20 @@ def fit(image: Tensor, geometry: Geometry) -> Tensor:
     return cover(image, geometry.height, geometry.width)
 
 
+class Sampling(NamedTuple):
+    """How a picture is drawn: the options of both stages, and the LoRAs of those that are distilled."""
+
+    stage_c: SamplingOptions
+    stage_b: SamplingOptions
+    distilled: Mapping[str, LoRA]
+
+
 @dataclass
 class Wuerstchen:
     """A whole set of networks. `text_encoder_c` and `text_encoder_b` may be the same one.
 
     The previewer is optional, and so is `text_encoder_b`: without it Stage B reads no text, which hardly matters.
+    `distilled` has LoRAs for "stage_c" and "stage_b", or for one of them, with which they draw in a few steps.
     With `offload` the networks lie in the machine's memory and `generate` has one at a time on the offload's device.
     """
 
@@ -292,8 +304,14 @@ class Wuerstchen:
     semantic_compressor: SemanticCompressor
     text_encoder_b: TextEncoder | None = None
     previewer: Previewer | None = None
+    distilled: dict[str, LoRA] = field(default_factory=dict)
     offload: Offload | None = None
     _encode: TextCache = field(default_factory=TextCache, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        for stage, lora in self.distilled.items():
+            lora.check(getattr(self, stage))
+            _few_steps(lora)
 
     @classmethod
     def from_files(
@@ -306,6 +324,7 @@ class Wuerstchen:
         semantic_compressor: str | Path,
         text_encoder_b: str | Path | None = None,
         previewer: str | Path | None = None,
+        distilled: Mapping[str, str | Path] | None = None,
         device="cpu",
         dtype: torch.dtype | None = None,
         offload: bool | None = False,
@@ -339,6 +358,7 @@ class Wuerstchen:
             text_encoder_b=encoder_b,
             semantic_compressor=load_semantic_compressor(semantic_compressor, device, dtype),
             previewer=None if previewer is None else load_previewer(previewer, device, dtype),
+            distilled={stage: load_lora(path) for stage, path in (distilled or {}).items()},
         )
         networks = [one for one in vars(model).values() if isinstance(one, nn.Module)]
         if offload or offload is None and must_offload(networks, target):
@@ -351,8 +371,10 @@ class Wuerstchen:
     def from_folder(
         cls, folder: str | Path, device="cpu", dtype: torch.dtype | None = None, offload: bool | None = False
     ) -> "Wuerstchen":
-        """A folder that holds the whole set under the names of `SET`."""
-        return cls.from_files(**find_set(folder), device=device, dtype=dtype, offload=offload)
+        """A folder that holds the whole set under the names of `SET`, and those of `DISTILLED` that it has."""
+        return cls.from_files(
+            **find_set(folder), distilled=find_distilled(folder), device=device, dtype=dtype, offload=offload
+        )
 
     @classmethod
     def mini(cls, device="cpu", dtype: torch.dtype | None = None) -> "Wuerstchen":
@@ -380,20 +402,20 @@ class Wuerstchen:
         self,
         prompt: str,
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         width: int | None = None,
         height: int | None = None,
         batch_size: int | None = None,
         seed: int = STAGE_C.seed,
-        steps_c: int = STAGE_C.steps,
+        steps_c: int | None = None,
         cfg_c: float | None = None,
-        steps_b: int = STAGE_B.steps,
-        cfg_b: float = STAGE_B.cfg,
-        sampler: str = STAGE_C.sampler,
-        schedule: str = STAGE_C.schedule,
-        schedule_b: str = STAGE_B.schedule,
-        cfg_interval: tuple[float, float] = STAGE_C.cfg_interval,
-        cfg_rescale: float = STAGE_C.cfg_rescale,
+        steps_b: int | None = None,
+        cfg_b: float | None = None,
+        sampler: str | None = None,
+        schedule: str | None = None,
+        schedule_b: str | None = None,
+        cfg_interval: tuple[float, float] | None = None,
+        cfg_rescale: float | None = None,
         image=None,
         denoise: float | None = None,
         seed_b: int | None = None,
@@ -404,6 +426,8 @@ class Wuerstchen:
 
         Args:
             prompt, negative_prompt: one text each; without guidance (cfg 1) the negative one is not used.
+            negative_prompt, steps_c, cfg_c, … cfg_rescale: if none of them is given and the set has distilled networks,
+                these draw; otherwise what is not given has its default (see `sampling`).
             width, height: pixels, multiples of 8; by default those of `defaults`.
             batch_size: how many pictures; by default as many as `image` has, or one.
             cfg_c, cfg_b: strength of the guidance; 1 is off. Stage C's is by default that of `defaults`.
@@ -428,10 +452,10 @@ class Wuerstchen:
         """
         own = self.defaults
         geometry = Geometry(own.side if width is None else width, own.side if height is None else height)
-        cfg_c = own.cfg if cfg_c is None else cfg_c
         tiling.check_tile(tile)
         checks.text("prompt", prompt)
-        checks.text("negative_prompt", negative_prompt)
+        if negative_prompt is not None:
+            checks.text("negative_prompt", negative_prompt)
         if progress is not None and not callable(progress):
             raise WuerstchenError(f"progress is {checks.shown(progress)}: it must be a function")
         if image is None:
@@ -444,29 +468,43 @@ class Wuerstchen:
         batch = checks.whole_number("batch_size", count if batch_size is None else batch_size, 1, MAX_BATCH)
         if batch % count:
             raise WuerstchenError(f"batch_size is {batch}, but image holds {count} pictures: leave batch_size out")
-        options_c = _options("c", steps_c, cfg_c, sampler, schedule, denoise, seed, cfg_interval, cfg_rescale)
+        sampling = self.sampling(
+            negative_prompt=negative_prompt,
+            steps_c=steps_c,
+            cfg_c=cfg_c,
+            steps_b=steps_b,
+            cfg_b=cfg_b,
+            sampler=sampler,
+            schedule=schedule,
+            schedule_b=schedule_b,
+            cfg_interval=cfg_interval,
+            cfg_rescale=cfg_rescale,
+        )
+        options_c = replace(sampling.stage_c, denoise=denoise, seed=seed)
         seed_b = seed if seed_b is None else checks.whole_number("seed_b", seed_b, MIN_SEED, MAX_SEED)
-        options_b = _options("b", steps_b, cfg_b, sampler, schedule_b, STAGE_B.denoise, seed_b)
+        options_b = replace(sampling.stage_b, seed=seed_b)
 
         def report(stage: str) -> Progress | None:
             return progress and (lambda step, steps, clean: progress(stage, step, steps))
 
-        text_c, text_b = self._read(prompt, negative_prompt, cfg_c != 1 and options_c.denoise > 0, cfg_b != 1)
+        guided_c = options_c.cfg != 1 and options_c.denoise > 0
+        text_c, text_b = self._read(prompt, negative_prompt or "", guided_c, options_b.cfg != 1)
         if image is None:
             latent = torch.zeros(batch, self.stage_c.config.latent_channels, *geometry.stage_c, device=self.device)
         else:
             with self._at_work(self.semantic_compressor, self.stage_c):
                 latent = compress(self.semantic_compressor, fit(image.to(self.device), geometry))
             latent = latent.repeat(batch // count, 1, 1, 1)
-        with self._at_work(self.stage_c, self.stage_b):
-            semantic = sample_stage_c(
-                self.stage_c, latent, text_c[0], text_c[-1], options_c, progress=report("Stage C")
-            )
-        text, negative = [*text_b, None, None][:2]
-        with self._at_work(self.stage_b, self.stage_a):
-            latent = sample_stage_b(
-                self.stage_b, semantic, geometry, text, negative, options_b, tile=tile, progress=report("Stage B")
-            )
+        with self.drawn_with(sampling):
+            with self._at_work(self.stage_c, self.stage_b):
+                semantic = sample_stage_c(
+                    self.stage_c, latent, text_c[0], text_c[-1], options_c, progress=report("Stage C")
+                )
+            text, negative = [*text_b, None, None][:2]
+            with self._at_work(self.stage_b, self.stage_a):
+                latent = sample_stage_b(
+                    self.stage_b, semantic, geometry, text, negative, options_b, tile=tile, progress=report("Stage B")
+                )
         with self._at_work(self.stage_a):
             return decode(self.stage_a, latent, geometry, tile=tile)
 
@@ -477,6 +515,44 @@ class Wuerstchen:
 
     def _at_work(self, network: nn.Module, then: nn.Module | None = None) -> AbstractContextManager:
         return nullcontext() if self.offload is None else self.offload(network, then)
+
+    def sampling(
+        self,
+        *,
+        negative_prompt: str | None = None,
+        steps_c: int | None = None,
+        cfg_c: float | None = None,
+        steps_b: int | None = None,
+        cfg_b: float | None = None,
+        sampler: str | None = None,
+        schedule: str | None = None,
+        schedule_b: str | None = None,
+        cfg_interval: tuple[float, float] | None = None,
+        cfg_rescale: float | None = None,
+    ) -> Sampling:
+        """How `generate` draws with these arguments: distilled if there is none and the set has distilled networks.
+
+        Raises WuerstchenError as `generate` does.
+        """
+        for_c: dict = {"steps": steps_c, "cfg": cfg_c, "sampler": sampler, "schedule": schedule}
+        for_c |= {"cfg_interval": cfg_interval, "cfg_rescale": cfg_rescale}
+        for_b = {"steps": steps_b, "cfg": cfg_b, "sampler": sampler, "schedule": schedule_b}
+        if negative_prompt is None and not _given(for_c) and not _given(for_b):
+            few = {stage: _few_steps(lora) for stage, lora in self.distilled.items()}
+            return Sampling(few.get("stage_c", self._stage_c_default), few.get("stage_b", STAGE_B), self.distilled)
+        return Sampling(_options("c", self._stage_c_default, _given(for_c)), _options("b", STAGE_B, _given(for_b)), {})
+
+    @property
+    def _stage_c_default(self) -> SamplingOptions:
+        return replace(STAGE_C, cfg=self.defaults.cfg)
+
+    @contextmanager
+    def drawn_with(self, sampling: Sampling) -> Iterator[None]:
+        """Within the context the networks are the distilled ones that `sampling` has."""
+        with ExitStack() as stack:
+            for stage, lora in sampling.distilled.items():
+                stack.enter_context(apply_loras(getattr(self, stage), [(lora, 1.0)]))
+            yield
 
     def _read(self, prompt: str, negative: str, guided_c: bool, guided_b: bool) -> tuple[list[Tensor], list[Tensor]]:
         """The states of the prompt and, with guidance, of the negative one; for Stage C, then for Stage B."""
@@ -492,8 +568,27 @@ class Wuerstchen:
         return read(self.text_encoder_c, guided_c, self.stage_c), text_b
 
 
-def _options(stage: str, steps, cfg, *others) -> SamplingOptions:
+def _given(options: Mapping) -> dict:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _options(stage: str, defaults: SamplingOptions, given: dict) -> SamplingOptions:
     """Of a stage, "c" or "b", whose own options carry its letter in `Wuerstchen.generate`."""
-    checks.whole_number(f"steps_{stage}", steps, 1, MAX_STEPS)
-    checks.real_number(f"cfg_{stage}", cfg, -MAX_CFG, MAX_CFG)
-    return SamplingOptions(steps, cfg, *others)
+    if "steps" in given:
+        checks.whole_number(f"steps_{stage}", given["steps"], 1, MAX_STEPS)
+    if "cfg" in given:
+        checks.real_number(f"cfg_{stage}", given["cfg"], -MAX_CFG, MAX_CFG)
+    return replace(defaults, **given)
+
+
+def _few_steps(lora: LoRA) -> SamplingOptions:
+    """How to sample with a distilled network's LoRA. Raises WuerstchenError if its file does not say that."""
+    if "steps" not in lora.sampling or lora.sampling.keys() - {"steps", "cfg", "sampler"}:
+        raise WuerstchenError(
+            f"{lora.path}: its metadata does not say how to sample with it (steps, cfg, sampler): expected the LoRA of "
+            "a distilled network, as wuerstchen train distill writes it"
+        )
+    try:
+        return replace(SamplingOptions(cfg=1.0, sampler="lcm"), **lora.sampling)
+    except WuerstchenError as error:
+        raise WuerstchenError(f"{lora.path}: its sampling metadata: {error}") from error

@@ -9,7 +9,7 @@ import folder_paths
 
 from ...wuerstchen_core import WuerstchenError
 from ...wuerstchen_core.checkpoints.published import PUBLISHED
-from ...wuerstchen_core.checkpoints.sets import MINI, SET, find_set
+from ...wuerstchen_core.checkpoints.sets import MINI, SET, find_distilled, find_set
 
 FOLDER = "wuerstchen"
 # The folders for each kind of network, the likeliest first; the authors' file of Stage B also holds the compressor.
@@ -64,7 +64,8 @@ def weight_files(kind: str) -> dict[str, Path]:
     """Name -> file of everything that ComfyUI lists in the folders for a kind of network.
 
     The names are those that ComfyUI's own loaders show. If several files share a name, all but the first are followed
-    by their folder: `model.safetensors [checkpoints]`, or `[checkpoints 2]` in the second place for that folder.
+    by their folder: `model.safetensors [checkpoints]`, or `[checkpoints 2]` in the second place for that folder. LoRAs
+    end with those of the sets' distilled networks: `mini: few steps (Stage C)`.
     """
     found: dict[str, dict[str, Path]] = {}  # name -> folder -> file
     for folder in FOLDERS[kind]:
@@ -75,11 +76,12 @@ def weight_files(kind: str) -> dict[str, Path]:
                 path = Path(root, name)
                 if _passes(path.is_file) and not any(path.samefile(other) for other in others.values()):
                     others[folder if place == 1 else f"{folder} {place}"] = path
-    return {
+    files = {
         f"{name} [{folder}]" if i else name: path
         for name, others in found.items()
         for i, (folder, path) in enumerate(others.items())
     }
+    return files | _distilled() if kind == "lora" else files
 
 
 def places(kind: str) -> str:
@@ -106,6 +108,15 @@ def listed_file(kind: str, name: str) -> Path:
         place = "one of them" if len(FOLDERS[kind]) > 1 else "it"
         raise WuerstchenError(f"{missing}: put it into {place} and press R, or choose another")
     return path
+
+
+def _distilled() -> dict[str, Path]:
+    stages = {"stage_c": "Stage C", "stage_b": "Stage B"}
+    return {
+        f"{name}: few steps ({stages[stage]})": path
+        for name, folder in model_sets().items()
+        for stage, path in find_distilled(folder).items()
+    }
 
 
 def what_is_missing(**names: str | None) -> bool | str:

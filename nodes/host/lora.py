@@ -1,4 +1,4 @@
-"""LoRAs: by our node, and under the names that trainers give to Stage C's modules by ComfyUI's own loaders."""
+"""LoRAs: by our node, and under the names that trainers give to our modules by ComfyUI's own loaders."""
 
 import logging
 import re
@@ -13,9 +13,11 @@ from .folders import listed_file
 
 MODULE = re.compile(
     r"diffusion_model\.(projection|cond_mapper\.[02]|out\.1"
-    r"|blocks\.\d+\.(?:depthwise|channelwise\.[04]|mapper|kv_mapper\.1|attention\.to_(?:[qkv]|out\.0)))"
+    r"|clip_mapper|effnet_mappers\.\d+|embedding\.1|clf\.1"
+    r"|(?:blocks\.\d+|(?:down|up)_blocks\.\d+\.\d+)"
+    r"\.(?:depthwise|semantic|channelwise\.[04]|mapper|kv_mapper\.1|attention\.to_(?:[qkv]|out\.0)))"
 )
-PREFIXES = ("", "prior.", "unet.", "base_model.model.", "prior.base_model.model.", "unet.base_model.model.")
+PREFIXES = ("", "prior.", "decoder.", "unet.", "base_model.model.", "prior.base_model.model.", "unet.base_model.model.")
 FLAT_PREFIXES = ("lora_prior_unet_", "lora_prior_", "lycoris_")
 
 
@@ -76,7 +78,7 @@ def register() -> None:
 
 
 def with_lora(model: ModelPatcher, file: str, strength: float) -> ModelPatcher:
-    """Stage C with one more LoRA, by the name that `weight_files` has for it; the model itself stays as it is.
+    """Stage C or B with one more LoRA, by the name that `weight_files` has for it; the model itself stays as it is.
 
     What the file holds for other networks is named in the log.
 
@@ -86,9 +88,10 @@ def with_lora(model: ModelPatcher, file: str, strength: float) -> ModelPatcher:
     lora.check(model.model.diffusion_model)
     if lora.left_out:
         logging.getLogger(__name__).warning(
-            "%s: %d parts are not of Stage C and left out: %s%s. ComfyUI's LoraLoader gives text encoders their parts.",
+            "%s: %d parts are not of %s and left out: %s%s. ComfyUI's LoraLoader gives text encoders their parts.",
             file,
             len(lora.left_out),
+            lora.stage,
             ", ".join(lora.left_out[:3]),
             ", …" if len(lora.left_out) > 3 else "",
         )

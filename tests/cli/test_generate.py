@@ -183,7 +183,7 @@ def test_other_commands_take_single_networks_too(tiny_folder, others, capsys):
         (["--batch", "1000000000000"], "batch_size is 1000000000000"),
         (["--negative", "caf\udce9"], "--negative is not UTF-8"),
         (["--lora", "text.png:inf"], "text.png"),
-        (["-o", "x" * 240 + ".png"], "no picture can be written"),
+        (["-o", "x" * 240 + ".png"], "nothing can be written there"),
         (["--tile", "300"], "tile is 300"),
         (["--tile", "64"], "tile is 64"),
         (["--offload"], "offload is set, but the device is the CPU"),

@@ -22,14 +22,14 @@ def test_help_and_names_are_written_into_any_pipe(monkeypatch, encoding):
 
 
 def test_a_prompt_that_is_not_utf8_is_told_before_anything_is_loaded(monkeypatch, capsys):
-    monkeypatch.setattr("wuerstchen_core.cli.generate.load_model", lambda options: pytest.fail("loaded"))
+    monkeypatch.setattr("wuerstchen_core.cli.generate.load_model", lambda *_: pytest.fail("loaded"))
     assert main(["generate", "caf\udce9"]) == 2
     assert capsys.readouterr().err.startswith(r"wuerstchen: the prompt is not UTF-8: 'caf\udce9'")
 
 
 @pytest.mark.parametrize("stop, says", [(KeyboardInterrupt(), "interrupted"), (KeyboardInterrupt("at 3"), "at 3")])
 def test_an_interruption_says_something(monkeypatch, capsys, stop, says):
-    def stopped(options):
+    def stopped(*_):
         raise stop
 
     monkeypatch.setattr("wuerstchen_core.cli.generate.load_model", stopped)
@@ -41,7 +41,7 @@ def test_an_interruption_says_something(monkeypatch, capsys, stop, says):
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
 )
 def test_too_little_memory_is_one_line(monkeypatch, capsys, error):
-    def full(options):
+    def full(*_):
         raise error
 
     monkeypatch.setattr("wuerstchen_core.cli.generate.load_model", full)

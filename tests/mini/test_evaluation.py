@@ -40,8 +40,8 @@ def test_a_model_that_draws_what_is_asked_scores_full_marks(emoji, tiny, monkeyp
     monkeypatch.setattr("wuerstchen_core.pipeline.sample_stage_c", lambda *a, **k: torch.zeros(6, 16, 6, 6))
     monkeypatch.setattr("wuerstchen_core.pipeline.sample_stage_b", lambda *a, **k: None)
     monkeypatch.setattr("wuerstchen_core.pipeline.decode", draw)
-    monkeypatch.setattr("wuerstchen_core.mini.evaluation._through_a", lambda model, images: images + 0.1)
-    monkeypatch.setattr("wuerstchen_core.mini.evaluation._through_b", lambda model, images: images + 0.01)
+    monkeypatch.setattr("wuerstchen_core.mini.evaluation._through_a", lambda model, images, _: images + 0.1)
+    monkeypatch.setattr("wuerstchen_core.mini.evaluation._through_b", lambda model, images, _: images + 0.01)
     lines = list(evaluate(tiny, data, 6))
     assert "PSNR 20.00 dB" in lines[0] and "PSNR 40.00 dB" in lines[1]
     assert lines[-3:] == [

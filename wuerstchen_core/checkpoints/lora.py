@@ -1,4 +1,4 @@
-"""Files of LoRAs for Stage C, as diffusers, peft, kohya, OneTrainer and ComfyUI write them."""
+"""Files of LoRAs for Stage C or Stage B, as diffusers, peft, kohya, OneTrainer, ComfyUI and we write them."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..models.lora import DEPTHWISE, MODULES, Change, LoRA, size_text
+from ..models.lora import DEPTHWISE, MODULES, MODULES_B, Change, LoRA, size_text
 from ..util.errors import WuerstchenError
 from ..util.finite import is_finite
 from .archive import Archive, open_archive
@@ -16,6 +16,7 @@ from .peft_pattern import Pattern
 from .stored import RegularFile, is_there, json_object
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers': peft's configuration as JSON
+SAMPLING_KEY = "wuerstchen_sampling"  # ours: how to sample with a distilled network's LoRA, as JSON
 CONFIG_FILE = "adapter_config.json"  # peft's: the same, beside `adapter_model.safetensors`
 LARGEST_CONFIG = 4 << 20  # bytes
 MOST_WORK = 100_000  # of patterns: steps per letter, for all modules
@@ -26,8 +27,10 @@ FACTOR = re.compile(
     r"(?P<module>.+?)(?:\.lora_(?P<letter>[AB])(?:\.\w+)?|[._]lora(?:_linear_layer)?[._](?P<word>down|up))\.weight"
 )
 ALPHA = re.compile(r"(?P<module>.+)\.alpha")
-# Stage C, as the programs name it; kohya's and OneTrainer's names go on with underscores in the place of dots.
-PREFIX = re.compile(r"(?:(?:base_model\.model|prior|unet|diffusion_model)\.)*(?:lora_(?:prior_)?(?:unet|prior)[._])?")
+# The network, as the programs name it; kohya's and OneTrainer's names go on with underscores in the place of dots.
+PREFIX = re.compile(
+    r"(?:(?:base_model\.model|prior|decoder|unet|diffusion_model)\.)*(?:lora_(?:prior_)?(?:unet|prior)[._])?"
+)
 # What OneTrainer and others put beside it: text encoders and embeddings.
 OTHERS = re.compile(
     r"(?:base_model\.model\.)?(?:lora_(?:prior_|decoder_)?te\d?[._]|text_encoders?(?:_\d)?\.|bundle_emb\.)"
@@ -38,6 +41,7 @@ FLAT_NAMES = {
         *("projection", "cond_mapper.0", "cond_mapper.2", "out.1"),
         *("depthwise", "channelwise.0", "channelwise.4", "mapper", "kv_mapper.1"),
         *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
+        *("clip_mapper", "embedding.1", "clf.1", "semantic"),
     )
 }
 
@@ -47,8 +51,8 @@ OTHER_KINDS = re.compile(r"\.(hada|lokr|oft|glora|diff)_?\w*(?:\.\w+)?$")
 
 
 def load_lora(path: str | Path) -> LoRA:
-    """A LoRA for Stage C from `path`: what diffusers, its training script for the prior, peft, kohya, OneTrainer,
-    ComfyUI and we write.
+    """A LoRA for Stage C or Stage B from `path`: what diffusers, its training script for the prior, peft, kohya,
+    OneTrainer, ComfyUI and we write.
 
     It is safetensors or a PyTorch file, or a folder of diffusers or peft that holds one. A weight becomes
     W + scale * B @ A with peft's scale, alpha / rank. Alpha is read from the file, its metadata or peft's
@@ -73,6 +77,8 @@ def read_lora(archive: Archive) -> LoRA:
     factors, alphas, left_out = _sorted(archive)
     if not factors:
         raise WuerstchenError(f"{archive.path}: a LoRA of text encoders alone: it changes nothing in Stage C")
+    if len({bool(MODULES_B.fullmatch(module)) for module in factors}) > 1:
+        raise WuerstchenError(f"{archive.path}: it changes Stage C and Stage B: keep one network a file")
     config = _config(archive)
     defaults = _default_alphas(archive, config, factors)
     changes = {}
@@ -85,7 +91,7 @@ def read_lora(archive: Archive) -> LoRA:
         rank = down.shape[0]
         alpha = alphas.get(module, defaults.get(module, float(rank)))
         changes[module] = Change(down, up, alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-    return LoRA(archive.path, changes, left_out)
+    return LoRA(archive.path, changes, left_out, _sampling(archive))
 
 
 def is_lora(archive: Archive) -> bool:
@@ -96,17 +102,22 @@ def describe_lora(archive: Archive) -> Iterator[str]:
     """What a LoRA is, one line per fact. Raises WuerstchenError as `load_lora` does."""
     lora = read_lora(archive)
     changes = lora.changes
-    kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in changes)
+    kinds = dict.fromkeys(re.sub(r"^(?:\w+_)?blocks\.[\d.]+", "", name) for name in changes)
     yield "lora: load_lora takes it"
-    yield f"  for a Stage C  of width {_listed(_width(name, change) for name, change in changes.items())}"
+    if lora.stage == "Stage B":
+        yield "  for a Stage B"
+    else:
+        yield f"  for a Stage C  of width {_listed(_width(name, change) for name, change in changes.items())}"
     yield f"  modules        {len(changes)}: {', '.join(kinds)}"
     yield f"  rank           {_listed(change.rank for change in changes.values())}"
     yield f"  alpha          {_listed(change.alpha for change in changes.values())}"
     yield f"  parameters     {sum(change.down.numel() + change.up.numel() for change in changes.values()):,}"
     yield f"  dtype          {_listed(str(change.up.dtype).removeprefix('torch.') for change in changes.values())}"
+    if lora.sampling:
+        yield f"  sampling       {', '.join(f'{name} {value}' for name, value in lora.sampling.items())}"
     if lora.left_out:
         more = ", …" if len(lora.left_out) > 3 else ""
-        yield f"  left out       {len(lora.left_out)}, not of Stage C: {', '.join(lora.left_out[:3])}{more}"
+        yield f"  left out       {len(lora.left_out)}, not of {lora.stage}: {', '.join(lora.left_out[:3])}{more}"
 
 
 def _sorted(archive: Archive) -> tuple[dict[str, dict[str, str]], dict[str, float], list[str]]:
@@ -126,7 +137,9 @@ def _sorted(archive: Archive) -> tuple[dict[str, dict[str, str]], dict[str, floa
             )
         module = _module(match["module"])
         if not _is_changeable(module):
-            raise WuerstchenError(f"{archive.path}: a LoRA of another model: Stage C has nothing to change in {module}")
+            raise WuerstchenError(
+                f"{archive.path}: a LoRA of another model: Stage C has nothing to change in {module}, nor has Stage B"
+            )
         if match.re is ALPHA:
             if module in alphas:
                 raise WuerstchenError(f"{archive.path}: it has the alpha of {module} twice: keep one adapter a file")
@@ -146,17 +159,18 @@ def _sorted(archive: Archive) -> tuple[dict[str, dict[str, str]], dict[str, floa
 
 
 def _module(name: str) -> str:
-    """A module's name in a file as it is in `Prior`."""
+    """A module's name in a file as it is in `Prior` or `DiffNeXt`."""
     name = PREFIX.sub("", name, count=1).replace(".processor.", ".")
-    flat = re.fullmatch(r"(?:blocks_(?P<block>\d+)_)?(?P<rest>\w+)", name)
+    flat = re.fullmatch(r"(?:(?P<blocks>blocks|(?:down|up)_blocks_\d+)_(?P<block>\d+)_)?(?P<rest>\w+)", name)
     if flat and flat["rest"] in FLAT_NAMES:
-        block = f"blocks.{flat['block']}." if flat["block"] else ""
+        block = f"{flat['blocks'].replace('blocks_', 'blocks.')}.{flat['block']}." if flat["block"] else ""
         return block + FLAT_NAMES[flat["rest"]]
+    name = re.sub(r"^effnet_mappers_(?=\d+$)", "effnet_mappers.", name)
     return f"{name}.0" if name.endswith(".to_out") else name
 
 
 def _is_changeable(module: str) -> bool:
-    return bool(MODULES.fullmatch(module) or DEPTHWISE.fullmatch(module))
+    return any(pattern.fullmatch(module) for pattern in (MODULES, DEPTHWISE, MODULES_B))
 
 
 def _finite(archive: Archive, name: str) -> Tensor:
@@ -199,6 +213,14 @@ def _config(archive: Archive) -> dict:
         if config.get(variant):
             raise WuerstchenError(f"{archive.path}: a LoRA of a kind that is not supported ({variant})")
     return config
+
+
+def _sampling(archive: Archive) -> dict[str, int | float | str]:
+    """How to sample with it, where the file says so; a value that is neither a number nor a text is left out."""
+    if SAMPLING_KEY not in archive.metadata:
+        return {}
+    content = json_object(f"{archive.path}: its metadata {SAMPLING_KEY!r}", archive.metadata[SAMPLING_KEY])
+    return {name: value for name, value in content.items() if isinstance(value, int | float | str)}
 
 
 def _default_alphas(archive: Archive, config: dict, modules: Iterable[str]) -> dict[str, float]:

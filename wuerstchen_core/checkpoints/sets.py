@@ -24,6 +24,9 @@ SET = {
 }
 OPTIONAL = ("text_encoder_b", "previewer")
 
+# LoRAs with which a set's stages draw in a few steps without guidance: `wuerstchen train distill` writes them.
+DISTILLED = {"stage_c": "stage_c_distilled.safetensors", "stage_b": "stage_b_distilled.safetensors"}
+
 
 def find_set(folder: str | Path, given: Mapping[str, Path] | None = None) -> dict[str, Path]:
     """The files of a folder that holds a whole set, those of `given` in the place of its own.
@@ -42,6 +45,12 @@ def find_set(folder: str | Path, given: Mapping[str, Path] | None = None) -> dic
     if "text_encoder_b" not in paths and _fits_stage_b(paths["text_encoder_c"], paths["stage_b"]):
         paths["text_encoder_b"] = paths["text_encoder_c"]
     return paths
+
+
+def find_distilled(folder: str | Path) -> dict[str, Path]:
+    """Stage -> file of the LoRAs in `DISTILLED` that a folder has: both, one or none."""
+    paths = {stage: Path(folder) / name for stage, name in DISTILLED.items()}
+    return {stage: path for stage, path in paths.items() if is_there(path)}
 
 
 def _fits_stage_b(text_encoder: Path, stage_b: Path) -> bool:

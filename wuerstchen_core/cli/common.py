@@ -50,13 +50,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def load_model(options: argparse.Namespace, offload: bool | None = False):
     import torch
 
-    from ..checkpoints.sets import MINI, find_set
+    from ..checkpoints.sets import MINI, find_distilled, find_set
     from ..pipeline import Wuerstchen
 
     check_device(options.device)
-    paths: dict[str, Any] = find_set(MINI if options.model is None else options.model, given_networks(options))
+    folder, given = MINI if options.model is None else options.model, given_networks(options)
+    paths: dict[str, Any] = find_set(folder, given)
+    distilled = {} if given else find_distilled(folder)  # which are of the set's own networks
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    return Wuerstchen.from_files(**paths, device=options.device, dtype=dtype, offload=offload)
+    return Wuerstchen.from_files(**paths, distilled=distilled, device=options.device, dtype=dtype, offload=offload)
 
 
 def given_networks(options: argparse.Namespace) -> dict[str, Path]:

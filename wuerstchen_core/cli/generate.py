@@ -63,7 +63,7 @@ def add_commands(commands) -> None:
         dest="loras",
         action="append",
         metavar="FILE[:STRENGTH]",
-        help="a LoRA for Stage C (default strength: 1); give it again for several, which add up",
+        help="a LoRA for Stage C or Stage B (default strength: 1); give it again for several, which add up",
     )
     own = f"{SMALL.side} for the mini, {RELEASED.side} for the released weights"
     for side in ("width", "height"):
@@ -151,7 +151,8 @@ def _generate(options: argparse.Namespace) -> None:
         print(command_line(options, {name: value for name, value in settings.items() if value != DEFAULTS.get(name)}))
     if options.compile:
         model.compile()
-    with tqdm(unit="step", leave=False) as bar, apply_loras(model.stage_c, loras):
+    of_c, of_b = ([one for one in loras if one[0].stage == stage] for stage in ("Stage C", "Stage B"))
+    with tqdm(unit="step", leave=False) as bar, apply_loras(model.stage_c, of_c), apply_loras(model.stage_b, of_b):
 
         def show(stage: str, step: int, steps: int) -> None:
             if step == 1:

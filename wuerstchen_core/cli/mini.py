@@ -29,10 +29,11 @@ def add_train_command(train) -> None:
 def add_evaluate_commands(evaluate) -> None:
     emoji = command(evaluate, "emoji", _evaluate, "a model on the emoji data set")
     _add_data(emoji)
-    emoji.add_argument("--count", type=int, default=200, metavar="N", help="pictures and prompts (default: 200)")
     emoji.add_argument(
-        "--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file"
+        "--distilled", action="store_true", help="draw by the set's distilled networks (default: by the set's own)"
     )
+    emoji.add_argument("--count", type=int, default=200, metavar="N", help="pictures and prompts (default: 200)")
+    emoji.add_argument("--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file")
     add_model(emoji)
 
     sweep = command(evaluate, "sweep", _sweep, "samplers, schedules and steps on the emoji data set")
@@ -92,7 +93,15 @@ def _evaluate(options: argparse.Namespace) -> None:
         with replacing(options.sheet) as partial:
             sample_sheet(load_model(options)).save(partial, format="PNG")
         return
-    for line in evaluate(load_model(options), emoji, options.count):
+    model = load_model(options)
+    sampling = None
+    if options.distilled:
+        sampling = model.sampling()
+        if not sampling.distilled:
+            raise WuerstchenError(
+                "--distilled: this set has no distilled networks, or other networks are in their place"
+            )
+    for line in evaluate(model, emoji, options.count, sampling):
         print(line, flush=True)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import pipeline
+from ..diffusion.options import STAGE_B, STAGE_C
 from ..geometry import Geometry
-from ..pipeline import Wuerstchen
+from ..pipeline import Sampling, Wuerstchen
 from ..util.errors import WuerstchenError
 from .captions import keyword_caption, plain_caption, with_article
 from .emoji import COLOURS, EmojiSet
@@ -22,8 +23,8 @@ EDGE = 8  # pixels from the side that are background, in a picture with an emoji
 KEYWORDS = 2  # that an emoji must have to be prompted by its keywords
 
 
-def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int) -> Iterator[str]:
-    """The figures on `count` pictures or prompts, one per line.
+def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int, sampling: Sampling | None = None) -> Iterator[str]:
+    """The figures on `count` pictures or prompts, one per line; drawn by the networks as they are, or by `sampling`.
 
     The pictures of the round trips are drawn with placements and colours that training did not see. Prompts are the
     plain ones, "<name>, <style> style"; a picture counts when, of all plain pictures of the style, that of the
@@ -34,18 +35,24 @@ def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int) -> Iterator[str]:
     """
     if not 1 <= count <= len(emoji):
         raise WuerstchenError(f"count is {count}: it must be from 1 to {len(emoji)}, the emoji of the data set")
+    sampling = sampling or Sampling(STAGE_C, STAGE_B, {})
+    with model.drawn_with(sampling):
+        yield from _figures(model, emoji, count, sampling)
+
+
+def _figures(model: Wuerstchen, emoji: EmojiSet, count: int, sampling: Sampling) -> Iterator[str]:
     generator = random.Random("evaluation")
     pictures = [emoji.draw(i, generator)[0] for i in generator.sample(range(len(emoji)), count)]
     trips = {"Stage A round trip": _through_a, "compress, Stage B, Stage A": _through_b}
     for name, trip in trips.items():
-        ratios = torch.cat([psnr(trip(model, batch), batch) for batch in _batches(pictures, name)])
+        ratios = torch.cat([psnr(trip(model, batch, sampling), batch) for batch in _batches(pictures, name)])
         yield f"{name}: PSNR {ratios.mean():.2f} dB (lowest {ratios.min():.2f}, highest {ratios.max():.2f})"
     references = torch.stack([thumbnail(emoji.plain(i)) for i in tqdm(range(len(emoji)), desc="plain", leave=False)])
     prompted = generator.sample(range(len(emoji)), count)
     names = [plain_caption(emoji.entries[i]["name"], emoji.entries[i]["style"]) for i in prompted]
 
     def nearest(prompted: list[int], captions: list[str], name: str) -> list[bool]:
-        images = _draw(model, captions, emoji.size, name)
+        images = _draw(model, captions, emoji.size, name, sampling)
         return [is_nearest(image, i, emoji, references) for i, image in zip(prompted, images, strict=True)]
 
     hits = nearest(prompted, names, "text to picture")
@@ -62,7 +69,7 @@ def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int) -> Iterator[str]:
 
     colours = [generator.choice(list(COLOURS)) for _ in names]
     coloured = [f"{name}, on {with_article(colour)} background" for name, colour in zip(names, colours, strict=True)]
-    seen = [_background(image) for image in _draw(model, coloured, emoji.size, "backgrounds")]
+    seen = [_background(image) for image in _draw(model, coloured, emoji.size, "backgrounds", sampling)]
     hits = [there == asked for there, asked in zip(seen, colours, strict=True)]
     yield f"background: {sum(hits) / count:.1%} of {count} pictures are on the colour that was asked for"
 
@@ -73,13 +80,13 @@ def _batches(pictures: list[Tensor], name: str) -> Iterator[Tensor]:
         yield rearrange(pictures[start : start + BATCH], "b c h w -> b h w c")
 
 
-def _through_a(model: Wuerstchen, images: Tensor) -> Tensor:
+def _through_a(model: Wuerstchen, images: Tensor, sampling: Sampling) -> Tensor:
     return pipeline.decode(model.stage_a, pipeline.encode(model.stage_a, images), _geometry(images))
 
 
-def _through_b(model: Wuerstchen, images: Tensor) -> Tensor:
+def _through_b(model: Wuerstchen, images: Tensor, sampling: Sampling) -> Tensor:
     semantic = pipeline.compress(model.semantic_compressor, images)
-    latent = pipeline.sample_stage_b(model.stage_b, semantic, _geometry(images))
+    latent = pipeline.sample_stage_b(model.stage_b, semantic, _geometry(images), options=sampling.stage_b)
     return pipeline.decode(model.stage_a, latent, _geometry(images))
 
 
@@ -92,16 +99,19 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
     return -10 * (images - truth).square().flatten(1).mean(dim=1).log10()
 
 
-def _draw(model: Wuerstchen, captions: list[str], side: int, name: str) -> Iterator[Tensor]:
-    """A picture (side, side, 3) for each caption, at the default settings."""
+def _draw(model: Wuerstchen, captions: list[str], side: int, name: str, sampling: Sampling) -> Iterator[Tensor]:
+    """A picture (side, side, 3) for each caption."""
     geometry = Geometry(side, side)
     empty = model.text_encoder_c([""])
     for start in tqdm(range(0, len(captions), BATCH), desc=name, leave=False):
         batch = captions[start : start + BATCH]
         latent = torch.zeros(len(batch), model.stage_c.config.latent_channels, *geometry.stage_c)
-        semantic = pipeline.sample_stage_c(model.stage_c, latent, model.text_encoder_c(batch), empty, seed=start)
+        text_c = model.text_encoder_c(batch)
+        semantic = pipeline.sample_stage_c(model.stage_c, latent, text_c, empty, sampling.stage_c, seed=start)
         text_b = None if model.text_encoder_b is None else model.text_encoder_b(batch)
-        latent = pipeline.sample_stage_b(model.stage_b, semantic, geometry, text_b, seed=start)
+        latent = pipeline.sample_stage_b(
+            model.stage_b, semantic, geometry, text_b, options=sampling.stage_b, seed=start
+        )
         yield from pipeline.decode(model.stage_a, latent, geometry)
 
 

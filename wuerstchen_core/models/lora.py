@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): low-rank changes of Stage C's weights, and their application."""
+"""LoRA (arXiv 2106.09685): low-rank changes of Stage C's or Stage B's weights, and their application."""
 
 import math
 import re
@@ -6,23 +6,24 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..util.errors import WuerstchenError
 from ..util.finite import is_finite
+from .stage_b import DiffNeXt
 from .stage_c import Prior
 
-# What can be changed: Stage C's Linears and 1x1 convolutions …
-MODULES = re.compile(
-    r"projection|cond_mapper\.[02]|out\.1"
-    r"|blocks\.\d+\.(?:channelwise\.[04]|mapper|kv_mapper\.1|attention\.to_(?:q|k|v|out\.0))"
+# What can be changed: Stage C's Linears and 1x1 convolutions, Stage B's, …
+_IN_BLOCKS = r"channelwise\.[04]|mapper|kv_mapper\.1|attention\.to_(?:q|k|v|out\.0)"
+MODULES = re.compile(rf"projection|cond_mapper\.[02]|out\.1|blocks\.\d+\.(?:{_IN_BLOCKS})")
+MODULES_B = re.compile(
+    rf"clip_mapper|effnet_mappers\.\d+|embedding\.1|clf\.1|(?:down|up)_blocks\.\d+\.\d+\.(?:semantic|{_IN_BLOCKS})"
 )
 
-
-# … and its depthwise 3x3 convolutions, which OneTrainer's LoRAs change.
+# … and Stage C's depthwise 3x3 convolutions, which OneTrainer's LoRAs change.
 DEPTHWISE = re.compile(r"blocks\.\d+\.depthwise")
 
 
@@ -56,32 +57,49 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LoRA:
-    """Changes of a Stage C's weights, by the names of its modules; and the names of what its file holds for others."""
+    """Changes of a Stage C's or a Stage B's weights, by the names of its modules.
+
+    `left_out`: the names of what its file holds for other networks. `sampling`: how to sample with it (steps, cfg,
+    sampler), where its file says so.
+    """
 
     path: Path
     changes: dict[str, Change] = field(repr=False)
     left_out: list[str] = field(default_factory=list, repr=False)
+    sampling: dict[str, Any] = field(default_factory=dict)
 
-    def check(self, network: Prior) -> None:
+    @property
+    def stage(self) -> str:
+        """ "Stage C" or "Stage B" """
+        return "Stage B" if any(map(MODULES_B.fullmatch, self.changes)) else "Stage C"
+
+    def check(self, network: Prior | DiffNeXt) -> None:
         """Raises WuerstchenError, naming the first module, where the changes are not of a network like this one."""
+        stage = "Stage C" if isinstance(network, Prior) else "Stage B"
+        if self.stage != stage:
+            raise WuerstchenError(f"{self.path}: a LoRA for {self.stage}, and this is {stage}")
+        of_depth, of_width = (
+            (f", of depth {network.config.depth},", f", of width {network.config.width},")
+            if isinstance(network, Prior)
+            else ("", "")
+        )
         for name, change in self.changes.items():
             try:
                 weight = network.get_parameter(f"{name}.weight")
             except AttributeError as error:
                 raise WuerstchenError(
-                    f"{self.path}: a LoRA of another Stage C: it changes {name}, which this one, of depth "
-                    f"{network.config.depth}, has not"
+                    f"{self.path}: a LoRA of another {stage}: it changes {name}, which this one{of_depth} has not"
                 ) from error
             if not change.fits(weight):
                 shape = weight.shape[0], weight[0].numel()
                 raise WuerstchenError(
-                    f"{self.path}: a LoRA of another Stage C: it changes {name} of {size_text(change.shape)}, which in "
-                    f"this one, of width {network.config.width}, is {size_text(shape)}"
+                    f"{self.path}: a LoRA of another {stage}: it changes {name} of {size_text(change.shape)}, which in "
+                    f"this one{of_width} is {size_text(shape)}"
                 )
 
 
 @contextmanager
-def apply_loras(network: Prior, loras: Iterable[tuple[LoRA, float]]) -> Iterator[None]:
+def apply_loras(network: Prior | DiffNeXt, loras: Iterable[tuple[LoRA, float]]) -> Iterator[None]:
     """Within the context the network's weights are W + sum of strength * scale * up @ down; after it, what they were.
 
     The sum is computed in float32 and rounded once. The weights themselves are put aside, not written to, and put back

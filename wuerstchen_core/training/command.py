@@ -20,6 +20,7 @@ STAGES = {
     "stage-c": ("stage_c", "Stage C, from text to semantic latents"),
     "previewer": ("previewer", "a previewer, from semantic latents to small pictures"),
     "lora": ("lora", "a LoRA, a small file that changes Stage C"),
+    "distill": ("distill", "a Stage C or B that draws in a few steps without guidance, from one that needs many"),
 }
 
 
@@ -46,7 +47,7 @@ def train(
         w.train("stage-c", config="mini", folder="runs/c", data="pictures", steps=1000, network={"depth": 4})
 
     Args:
-        stage: "stage-a", "stage-b", "stage-c", "previewer" or "lora".
+        stage: "stage-a", "stage-b", "stage-c", "previewer", "lora" or "distill".
         config: a TOML file of options, or "mini" or "v2", which are shipped. Without one, all others are the defaults.
         folder: where the run keeps its checkpoints, weights, samples and logs (as in `config`, if not given).
         data: what it learns from: a folder of pictures with captions, or shards (as in `config`, if not given).

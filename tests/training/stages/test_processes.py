@@ -18,6 +18,7 @@ def runs(tiny_folder, folder, batch):
         "stage-c": {**readers, "network": {"width": 32, "depth": 1, "heads": 2, "text_width": 32, "dropout": 0.0}},
         "stage-b": {**readers, "stage_a": names["stage_a"], "init": names["stage_b"], "text_absent": 0.5},
         "lora": {**readers, "init": names["stage_c"], "rank": 2},
+        "distill": {**readers, "init": names["stage_c"], "rank": 2},
         "previewer": {"semantic_compressor": names["semantic_compressor"], "network": {"widths": [8, 8, 8, 8]}},
     }
     return {

@@ -6,7 +6,7 @@ peft adds it to the network; its file is in diffusers' layout.
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints.lora import METADATA_KEY
+from ...checkpoints.lora import METADATA_KEY, SAMPLING_KEY
 from ...checkpoints.safetensors_file import save_file
-from ...models.lora import MODULES
+from ...models.lora import MODULES, MODULES_B
+from ...models.stage_b import DiffNeXt
 from ...models.stage_c import Prior, StageCConfig
 from ...util.atomic import replacing
 from ...util.errors import WuerstchenError, readable
@@ -75,7 +76,9 @@ class LoRATask(Task):
         return self.base.samples()
 
 
-def add_lora(network: Prior, rank: int, alpha: float, targets: Sequence[str] = TARGETS) -> list[nn.Parameter]:
+def add_lora(
+    network: Prior | DiffNeXt, rank: int, alpha: float, targets: Sequence[str] | None = TARGETS
+) -> list[nn.Parameter]:
     """Adds a LoRA (arXiv 2106.09685) to the network -> its parameters, in float32, which are the only trainable ones.
 
     At first it changes nothing, since its second matrix is zero.
@@ -83,11 +86,12 @@ def add_lora(network: Prior, rank: int, alpha: float, targets: Sequence[str] = T
     Args:
         rank: of each weight's change, at least 1.
         alpha: the change is multiplied by alpha / rank.
-        targets: modules by the ends of their names, such as `to_q` (in every block) or `blocks.2.attention.to_q`.
+        targets: modules by the ends of their names, such as `to_q` (in every block) or `blocks.2.attention.to_q`;
+            None: all that a LoRA can change.
 
     Raises:
         WuerstchenError: peft can't be imported, rank or alpha is not above 0, or a target is not the name of one of
-            Stage C's Linears and 1x1 convolutions.
+            the network's Linears and 1x1 convolutions.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -98,14 +102,15 @@ def add_lora(network: Prior, rank: int, alpha: float, targets: Sequence[str] = T
         ) from error
     if rank < 1 or alpha <= 0:
         raise WuerstchenError(f"rank is {rank} and alpha is {alpha}: rank must be at least 1, alpha above 0")
-    if not targets:
+    if targets is not None and not targets:
         raise WuerstchenError("there are no targets: name the modules that the LoRA changes")
-    names = [name for name, _ in network.named_modules() if MODULES.fullmatch(name)]
-    chosen = set()
-    for target in targets:
+    modules = MODULES if isinstance(network, Prior) else MODULES_B
+    names = [name for name, _ in network.named_modules() if modules.fullmatch(name)]
+    chosen = set(names) if targets is None else set()
+    for target in targets or ():
         meant = {name for name in names if f".{name}".endswith(f".{target}")}
         if not meant:
-            kinds = dict.fromkeys(re.sub(r"^blocks\.\d+\.(attention\.)?", "", name) for name in names)
+            kinds = dict.fromkeys(re.sub(r"^(?:\w+_)?blocks\.[\d.]+(attention\.)?", "", name) for name in names)
             raise WuerstchenError(f"{target}: there is no such module to put a LoRA on; choose from {', '.join(kinds)}")
         chosen |= meant
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(chosen)), network)
@@ -115,22 +120,34 @@ def add_lora(network: Prior, rank: int, alpha: float, targets: Sequence[str] = T
     return trained
 
 
-def save_lora(network: Prior, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+def save_lora(
+    network: Prior | DiffNeXt,
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    sampling: Mapping[str, int | float | str] | None = None,
+) -> None:
     """Writes the LoRA that `add_lora` has added as safetensors in diffusers' layout, whole or not at all.
 
-    The layout is that of `WuerstchenPriorPipeline.save_lora_weights`: peft's names under `prior.`, and peft's
-    configuration, alpha included, as the metadata `lora_adapter_metadata`.
+    The layout is that of `WuerstchenPriorPipeline.save_lora_weights`: peft's names under `prior.`, or for Stage B
+    under `decoder.`, and peft's configuration, alpha included, as the metadata `lora_adapter_metadata`.
+
+    Args:
+        sampling: how to sample with it (steps, cfg, sampler), if it needs its own way; as JSON in the metadata.
     """
     from peft.utils import get_peft_model_state_dict
 
     adapters: Any = network.peft_config
+    prefix = "prior" if isinstance(network, Prior) else "decoder"
     config = {
-        f"prior.{key}": sorted(value) if isinstance(value, set) else value
+        f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value
         for key, value in adapters["default"].to_dict().items()
     }
     tensors = {
-        f"prior.{name}": tensor.detach().to("cpu", dtype).contiguous()
+        f"{prefix}.{name}": tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in get_peft_model_state_dict(network).items()
     }
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(config)}
+    if sampling is not None:
+        metadata[SAMPLING_KEY] = json.dumps(dict(sampling))
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata={"format": "pt", METADATA_KEY: json.dumps(config)})
+        save_file(tensors, partial, metadata=metadata)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.load import load_semantic_compressor, load_stage_a, load_stage_b
 from ...checkpoints.sets import SET
+from ...diffusion.options import STAGE_B
 from ...geometry import Geometry
 from ...models.latent_space import LatentSpace
 from ...models.semantic_compressor import SemanticCompressor, SemanticCompressorConfig
@@ -164,6 +165,8 @@ class StageBTask(Task):
     The semantic latent comes from the compressor, which is frozen or learns with it (`options.train_compressor`).
     """
 
+    sampler = STAGE_B.sampler  # of the samples
+
     def __init__(
         self,
         network: DiffNeXt,
@@ -206,7 +209,7 @@ class StageBTask(Task):
             semantic = found["semantic"]
         else:
             semantic = self.compressor(compressor_input(batch["image"]))
-        semantic = self._spoiled(semantic, draws)
+        semantic = self.spoiled(semantic, draws)
         text = None
         if "text" in found and draws.common.random() >= self.options.text_absent:
             text = drop_captions(found["text"], self.nothing[0], self.options.caption_drop, draws.uniform())
@@ -219,7 +222,7 @@ class StageBTask(Task):
         largest_error = self.options.largest_error or math.inf
         return {"noise": diffusion_loss(predict, latent, self.options.p2_k, t, noise, largest_error)}
 
-    def _spoiled(self, semantic: Tensor, draws: Draws) -> Tensor:
+    def spoiled(self, semantic: Tensor, draws: Draws) -> Tensor:
         options, space = self.options, self.network.config.latent_space
         chance, t = draws.uniform(), draws.uniform() * options.noised_until
         return spoil(semantic, space, options.zeroed, options.noised, chance, t, draws.normal(semantic.shape[1:]))
@@ -240,6 +243,6 @@ class StageBTask(Task):
         assert compressor is not None  # it is trained or frozen
         geometry = Geometry(width=image.shape[2], height=image.shape[1])
         semantic = compress(compressor, image)
-        latent = sample_stage_b(self.network, semantic, geometry, steps=self.options.sample_steps)
+        latent = sample_stage_b(self.network, semantic, geometry, steps=self.options.sample_steps, sampler=self.sampler)
         drawn = decode(self.readers.stage_a, latent, geometry)
         return torch.stack([image, drawn], dim=1).flatten(0, 1)

@@ -1,6 +1,7 @@
 """The training of Stage C (paper section 3): diffusion in the semantic compressor's space, from text."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from ...checkpoints.load import load_semantic_compressor, load_stage_a, load_stage_b, load_stage_c, load_text_encoder
 from ...checkpoints.sets import SET
+from ...diffusion.options import STAGE_C
 from ...geometry import Geometry
 from ...models.semantic_compressor import SemanticCompressor
 from ...models.stage_c import Prior, StageCConfig
@@ -106,8 +108,16 @@ def noise_loss(
 ) -> Tensor:
     """`diffusion_loss` of latent (B, 16, p, q) given text (B, L, text_width), at `levels` noise levels each.
 
-    A text's keys and values serve all of them. t (B * levels,) and noise (B * levels, 16, p, q) begin with those of the
-    first latent.
+    t (B * levels,) and noise (B * levels, 16, p, q) begin with those of the first latent.
+    """
+    predict = predictor(network, text, levels)
+    return diffusion_loss(predict, latent.repeat_interleave(levels, dim=0), k, t, noise, largest_error)
+
+
+def predictor(network: Prior, text: Tensor, levels: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The noise in x (B * levels, 16, p, q) at times t (B * levels,) as a function, given text (B, L, text_width).
+
+    A text's keys and values, computed here, serve all its levels.
     """
     condition = [
         tuple(part.repeat_interleave(levels, dim=0) for part in keys_values) for keys_values in network.condition(text)
@@ -116,7 +126,7 @@ def noise_loss(
     def predict(x: Tensor, t: Tensor) -> Tensor:
         return network.denoise(x, network.modulate(t, x.dtype), condition)
 
-    return diffusion_loss(predict, latent.repeat_interleave(levels, dim=0), k, t, noise, largest_error)
+    return predict
 
 
 class StageCTask(Task):
@@ -124,6 +134,7 @@ class StageCTask(Task):
 
     reads_captions = True
     frozen: tuple[TextEncoder, SemanticCompressor]
+    sampler = STAGE_C.sampler  # of the samples
 
     def __init__(
         self, network: Prior, encoder: TextEncoder, compressor: SemanticCompressor, options: Options, size: int
@@ -172,6 +183,7 @@ class StageCTask(Task):
                     seed=number,
                     steps_c=self.options.sample_steps,
                     cfg_c=self.options.sample_cfg,
+                    sampler=self.sampler,
                 )
                 for number, prompt in enumerate(self.options.prompts)
             ]
