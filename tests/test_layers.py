@@ -15,7 +15,7 @@ LAYERS = [
     ("wuerstchen_core.models.blocks",),
     ("wuerstchen_core.models",),
     ("wuerstchen_core.checkpoints",),
-    ("wuerstchen_core.tiling", "wuerstchen_core.offload"),
+    ("wuerstchen_core.tiling", "wuerstchen_core.offload", "wuerstchen_core.workflow"),
     ("wuerstchen_core.pipeline",),
     ("wuerstchen_core.training.options", "wuerstchen_core.reports"),
     ("wuerstchen_core.training.data",),

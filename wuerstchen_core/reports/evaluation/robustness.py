@@ -88,7 +88,7 @@ def table(distances: dict[str, float]) -> Iterator[str]:
     yield "| operation | FID |"
     yield "|---|---|"
     for name, value in distances.items():
-        yield f"| {name} | {value:.4f} |"
+        yield f"| {name} | {value:.4g} |"
 
 
 def plot(path: Path, distances: dict[str, float], title: str) -> None:
