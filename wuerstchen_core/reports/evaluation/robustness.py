@@ -95,5 +95,6 @@ def plot(path: Path, distances: dict[str, float], title: str) -> None:
     names: Sequence[str] = sorted(distances, key=distances.__getitem__)
     with plotted(path, width=7.0, height=4.5) as (panel,):
         panel.barh(names, [distances[name] for name in names])
-        panel.set(xlabel="FID against the pictures themselves")
+        panel.set(xlabel="FID against the pictures themselves", xlim=(0, None))
+        panel.set_xscale("symlog", linthresh=1e-4)  # from palettes to brightness there may be five powers of ten
         panel.set_title(title, parse_math=False)
