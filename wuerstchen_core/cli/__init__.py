@@ -5,7 +5,7 @@ import io
 import sys
 
 from ..util.errors import WuerstchenError, one_line
-from . import generate, measure, mini, train, weights
+from . import evaluate, generate, measure, mini, train, weights
 from .common import Parser
 
 
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_commands(training)
     evaluation = commands.add_parser("evaluate", help="measure models").add_subparsers(metavar="WHAT", required=True)
     mini.add_evaluate_commands(evaluation)
+    evaluate.add_commands(evaluation)
     weights.add_commands(commands)
     measure.add_commands(commands)
     return parser

@@ -15,7 +15,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -143,6 +143,17 @@ class Shards:
             barren = 0 if found else barren + 1
             if barren == streams:
                 raise WuerstchenError(f"no shard holds a sample that can be read; {_first(skipped)}")
+
+    def once(self, skipped: list[str]) -> Iterator[ShardSample]:
+        """Every good sample once, by its key in its shard; what was skipped, and why, is added to `skipped`."""
+        with closing(self._samples(0, 0, 1, skipped)) as samples:
+            for raw in samples:
+                try:
+                    sample = replace(_parsed(raw, self.caption_key), key=raw["__key__"])
+                except Exception as error:  # a damaged picture raises nearly anything
+                    skipped.append(readable(f"{_key(raw)}: {error}"))
+                    continue
+                yield sample
 
     def check_captions(self, required: bool) -> None:
         """Raises WuerstchenError if captions are required and none of the first SEARCHED samples has one."""
