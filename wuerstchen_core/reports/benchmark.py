@@ -54,8 +54,9 @@ def benchmark_batches(load: Callable[[], Wuerstchen], batches: Sequence[int], ru
             took.append(sum(_time_picture(model, seed=run, batch_size=batch).values()))
     medians = {batch: statistics.median(took) for batch, took in seconds.items()}
     first = next(iter(medians)) / next(iter(medians.values()))
-    for batch, took in medians.items():
-        yield f"batch {batch:4} {took:7.2f} s, {batch / took:6.2f} pictures a second, {batch / took / first:.2f} times"
+    for batch, median in medians.items():
+        rate = batch / median
+        yield f"batch {batch:4} {median:7.2f} s, {rate:6.2f} pictures a second, {rate / first:.2f} times"
     yield f"{torch.get_num_threads()} threads"
 
 
