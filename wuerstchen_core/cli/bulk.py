@@ -42,6 +42,8 @@ def is_asked_for(options: argparse.Namespace) -> bool:
         return True
     for name in OWN:
         if getattr(options, name) is not None:
+            if options.source is not None and not options.source.exists():
+                raise WuerstchenError(f"{options.source}: there is no such folder of latents")
             raise WuerstchenError(f"--{name.replace('_', '-')} is about many pictures: give --prompts FILE as well")
     return False
 
