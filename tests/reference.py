@@ -64,3 +64,10 @@ def signal(t):
 def predictor(x, t):
     """Some noise that depends on both arguments, in any precision."""
     return torch.tanh(x * (1 + t)) + 0.3 * t
+
+
+def steps_of_diffusers(times):
+    """(t, u, signal at t, signal at u) of a run's steps, for samplers that are to end as diffusers' do: at time 0,
+    where alpha_bar is 0.9999, and not at the clean latent."""
+    signals = [signal(t) for t in times]
+    return zip(times, times[1:], signals, signals[1:], strict=False)

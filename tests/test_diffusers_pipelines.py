@@ -21,8 +21,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import wuerstchen_core as w
 from tests.checkpoints.published import small_compressor
-from tests.reference import clip_tokenizer, randomise
+from tests.reference import clip_tokenizer, randomise, steps_of_diffusers
 from wuerstchen_core import pipeline
+from wuerstchen_core.diffusion import samplers
 
 
 def psnr(ours, theirs):
@@ -124,6 +125,7 @@ def test_pictures_are_diffusers(
         return lambda: torch.randn(latent.shape, generator=generator)
 
     monkeypatch.setattr(pipeline, "noise_source", draw_as_diffusers)
+    monkeypatch.setattr(samplers, "_steps", steps_of_diffusers)
     pictures = ours.generate(
         prompt,
         negative_prompt=negative,
@@ -135,6 +137,8 @@ def test_pictures_are_diffusers(
         cfg_c=cfg_c,
         steps_b=steps_b,
         cfg_b=cfg_b,
+        sampler="ddpm",
+        schedule_b="even",
     )
     expected = expected.permute(0, 2, 3, 1)
     assert pictures.shape == expected.shape == (batch, height, width, 3)
@@ -145,7 +149,7 @@ def test_pictures_are_diffusers(
 
 def test_another_text_is_another_picture(ours):
     """What the comparison above would not show if the networks did not listen."""
-    options = {"width": 128, "height": 128, "steps_c": 2, "steps_b": 2, "cfg_b": 2.0}
+    options = {"width": 128, "height": 128, "steps_c": 2, "cfg_c": 4.0, "steps_b": 2, "cfg_b": 2.0, "sampler": "ddpm"}
     picture = ours.generate("a cat", **options)
     assert psnr(ours.generate("a cats", **options), picture) < 50
     assert psnr(ours.generate("a cat", negative_prompt="a dog", **options), picture) < 50

@@ -118,3 +118,48 @@ def test_a_lora_for_stage_b_changes_stage_b(folder, tiny, tmp_path, monkeypatch)
         expected = tiny.generate("a cat", steps_c=2, steps_b=1, **SMALL)[0]
     with Image.open("wuerstchen.png") as picture:
         assert torch.equal(torch.from_numpy(np.array(picture)), (expected * 255).round().byte())
+
+
+@pytest.mark.parametrize(
+    "arguments, distilled",
+    [
+        ("", True),
+        ("--steps-c 2", False),
+        ("--negative dog", False),
+        ("--no-distilled", False),
+        ("--lora style.safetensors", False),
+        ("--distilled --steps-c 2 --sampler-b ddim", True),
+    ],
+)
+def test_the_command_line_draws_by_distilled_networks(folder, tmp_path, monkeypatch, capsys, arguments, distilled):
+    """Where nothing else is asked for; its record and its graph say so, and it is drawn again from them."""
+    arguments = arguments.split()
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / DISTILLED["stage_c"], "style.safetensors")
+    assert main(["generate", "a cat", *arguments, "--width", "64", "--height", "64", "--model", "set"]) == 0
+    with Image.open("wuerstchen.png") as picture:
+        drawn = np.array(picture)
+        told, graph = (json.loads(picture.text[name]) for name in ("wuerstchen", "prompt"))
+    assert told.get("distilled") == (["stage_c", "stage_b"] if distilled else None)
+    files = [node["inputs"]["file"] for node in graph.values() if node["class_type"] == "WuerstchenLoadLoRA"]
+    assert [file for file in files if file.startswith("set: ")] == [
+        f"set: few steps (Stage {stage})" for stage in "CB" * distilled
+    ]
+    pipe = w.Wuerstchen.from_folder(folder)
+    if not distilled and "style.safetensors" not in arguments:
+        options = {"steps_c": 2} if "2" in arguments else {"negative_prompt": "dog" if "dog" in arguments else ""}
+        expected = pipe.generate("a cat", **SMALL, **options, distilled=False)[0]
+        assert np.array_equal(drawn, (expected * 255).round().byte().numpy())
+    if "ddim" in arguments:
+        expected = pipe.generate("a cat", **SMALL, steps_c=2, sampler_b="ddim", distilled=True)[0]
+        assert np.array_equal(drawn, (expected * 255).round().byte().numpy())
+    capsys.readouterr()
+    assert main(["generate", "--from", "wuerstchen.png", "-o", "again.png"]) == 0
+    assert ("--distilled" in capsys.readouterr().out.splitlines()[0]) == distilled
+    with Image.open("again.png") as picture:
+        assert np.array_equal(drawn, np.array(picture))
+
+
+def test_distilled_networks_that_are_not_there(tiny_folder, capsys):
+    assert main(["generate", "a cat", "--distilled", "--model", str(tiny_folder)]) == 2
+    assert "has no distilled networks" in capsys.readouterr().err

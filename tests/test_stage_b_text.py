@@ -64,7 +64,7 @@ def test_a_set_without_stage_bs_text_encoder(tiny, tiny_folder, tmp_path):
     drawn = model.generate("a cat", width=64, height=64, steps_c=1, steps_b=2)
     assert torch.equal(drawn, model.generate("a cat", width=64, height=64, steps_c=1, steps_b=2, negative_prompt=""))
     states = tiny.text_encoder_c(["a cat", ""]).split(1)
-    latent = pipeline.sample_stage_c(tiny.stage_c, torch.zeros(1, 16, 2, 2), *states, steps=1)
+    latent = pipeline.sample_stage_c(tiny.stage_c, torch.zeros(1, 16, 2, 2), *states, steps=1, cfg=tiny.defaults.cfg)
     expected = pipeline.decode(tiny.stage_a, sample(tiny.stage_b, latent, torch.zeros(1, 77, 32)), SIZE)
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
     assert find_set(tiny_folder)["text_encoder_b"] == tiny_folder / SET["text_encoder_c"]

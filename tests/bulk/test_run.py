@@ -124,7 +124,11 @@ def test_killed_anywhere_the_same_command_goes_on(draw, arguments):
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     moment = random.randint(1, 4)
-    while process.poll() is None and len(list(Path().glob("killed/**/*.png"))) < moment:
+
+    def drawn() -> int:
+        return sum(name.endswith(".png") for *_, names in os.walk("killed") for name in names)
+
+    while process.poll() is None and drawn() < moment:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()

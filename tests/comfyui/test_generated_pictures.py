@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
@@ -15,8 +16,10 @@ from tests.comfyui.host import noise, psnr
 from tests.comfyui.test_graphs import execute, read  # noqa: F401, a fixture
 from wuerstchen_core.checkpoints.sets import SET
 from wuerstchen_core.cli import main
+from wuerstchen_core.diffusion.options import STAGE_B
 from wuerstchen_core.util.pictures import read_picture
 from wuerstchen_core.workflow.graph import HOSTS
+from wuerstchen_core.workflow.reading import settings_of_graph
 
 FEW = ["--steps-c", "4", "--steps-b", "3"]
 
@@ -60,6 +63,18 @@ def started_from(tmp_path):
 def test_the_graph_in_a_picture_draws_it(execute, generate, started_from, arguments):  # noqa: F811
     picture, graph = generate("fox (with tail:1.2) in fluent style, “red”", *FEW, *arguments)
     assert psnr(execute(graph), picture) > 50
+
+
+def test_the_mini_is_drawn_by_its_distilled_network(execute, generate):  # noqa: F811
+    """By default, and again from its own record and from its graph."""
+    picture, graph = generate("fox in fluent style")
+    loras = [node["inputs"]["file"] for node in graph.values() if node["class_type"] == "WuerstchenLoadLoRA"]
+    assert loras == ["mini: few steps (Stage C)"]
+    assert psnr(execute(graph), picture) > 50
+    again = settings_of_graph(graph, "p.png").settings
+    assert again["distilled"] == ["stage_c"] and again["steps_c"] == 4 and again["sampler_b"] == STAGE_B.sampler
+    shutil.copy("p.png", "first.png")
+    assert torch.equal(generate("--from", "first.png")[0], picture)
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "3"], ["--batch", "2", "--image", "opaque.png"]], ids=" ".join)

@@ -26,6 +26,8 @@ def by_hand(sampler, x, times, latent, mask, noises):
             aim = clean + (clean - before) * (log_snr(u) - log_snr(t)) / (log_snr(t) - log_snr(times[i - 1])) / 2
         if sampler in ("ddim", "dpmpp_2m"):
             x = math.sqrt(b) * aim + math.sqrt(1 - b) * (x - math.sqrt(a) * aim) / math.sqrt(1 - a)
+        elif sampler == "lcm":
+            x = math.sqrt(b) * clean + (math.sqrt(1 - b) * noises[i] if u > 0 else 0)
         else:  # the posterior of DDPM, equation 7 of arXiv 2006.11239
             share = a / b
             x = math.sqrt(b) * (1 - share) / (1 - a) * aim + math.sqrt(share) * (1 - b) / (1 - a) * x

@@ -180,5 +180,5 @@ def test_runs_at_the_ends_of_the_schedule(sampler, steps, denoise):
     draws = iter(noises(clean, steps))
     drawn = sampler(ideal, add_noise(clean, noise, times[0]), times, lambda: next(draws), ignore)
     assert drawn.isfinite().all() and (drawn - MEAN).abs().max() < 3 * SPREAD
-    if denoise < 0.02:
+    if denoise < 0.02 and sampler is not SAMPLERS["lcm"]:  # which draws all noise anew at every step
         torch.testing.assert_close(drawn, clean, rtol=0, atol=0.1)

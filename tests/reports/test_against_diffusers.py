@@ -8,12 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.reference import distance
+from tests.reference import distance, steps_of_diffusers
 from wuerstchen_core import pipeline
 from wuerstchen_core.cli import main
 from wuerstchen_core.diffusion import samplers
 from wuerstchen_core.diffusion.options import STAGE_B, STAGE_C
-from wuerstchen_core.diffusion.schedule import alpha_bar
 from wuerstchen_core.geometry import Geometry
 from wuerstchen_core.models.stage_a import VQGAN, StageAConfig
 from wuerstchen_core.reports import comparison, timing
@@ -44,12 +43,8 @@ def test_both_sides_compute_the_same(built, monkeypatch):
         torch.manual_seed(seed)
         return lambda: torch.randn(latent.shape)
 
-    def steps(times):
-        signals = alpha_bar(torch.tensor(times, dtype=torch.float64)).tolist()
-        return zip(times, times[1:], signals, signals[1:], strict=False)
-
     monkeypatch.setattr(pipeline, "noise_source", drawn)
-    monkeypatch.setattr(samplers, "_steps", steps)
+    monkeypatch.setattr(samplers, "_steps", steps_of_diffusers)
     for stage in built:
         torch.manual_seed(0)
         theirs, ours = (stage.runs[side](3, lambda: None) for side in (DIFFUSERS, OURS))

@@ -155,7 +155,7 @@ def _generate(options: argparse.Namespace) -> None:
     check_png(options.output)
     image = None if options.image is None else read_picture(options.image)
     check_text("--negative", options.negative_prompt or "")
-    settings = {name: getattr(options, name) for name in ("width", "height", "batch_size", "seed")}
+    settings = {name: getattr(options, name) for name in ("negative_prompt", "width", "height", "batch_size", "seed")}
     settings = {name: DEFAULTS[name] if value is None else value for name, value in settings.items()}
     settings |= {name: value for name in ("seed_b", "tile") if (value := getattr(options, name)) is not None}
     if image is not None:
@@ -205,7 +205,6 @@ def _sampling(model, options: argparse.Namespace) -> dict[str, Any]:
     sampling = model.sampling(**asked)
     stage_c, stage_b = sampling.stage_c, sampling.stage_b
     settings = {
-        "negative_prompt": options.negative_prompt or "",
         "steps_c": stage_c.steps,
         "cfg_c": stage_c.cfg,
         "steps_b": stage_b.steps,
