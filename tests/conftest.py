@@ -25,6 +25,7 @@ from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
 
 if "COMFYUI_DIR" in os.environ:  # a ComfyUI of the user's
     sys.path.insert(0, os.environ["COMFYUI_DIR"])
+    import utils.json_util  # noqa: F401, before a package of that name elsewhere is imported
     from comfy.cli_args import args
 
     args.cpu = True

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.nodes.inputs import noise, picture
+from tests.nodes.inputs import QUICK_C, noise, picture
 from wuerstchen_core.pipeline import sample_stage_c
 
 
@@ -104,7 +104,15 @@ def test_the_mask_is_the_cores_and_one_for_each_picture(text, tiny, stage_c):
     pixels[0, :, :128], pixels[1, :, :, 128:] = 1, 1
     latent = stage_c({"samples": start, "noise_mask": pixels}, cfg=3.0, seed=9)
     expected = sample_stage_c(
-        tiny.stage_c, start, text("a cat")[0][0], text("")[0][0], cfg=3.0, steps=3, seed=9, mask=mask
+        tiny.stage_c,
+        start,
+        text("a cat")[0][0],
+        text("")[0][0],
+        cfg=3.0,
+        steps=3,
+        seed=9,
+        mask=mask,
+        sampler=QUICK_C["sampler"],
     )
     torch.testing.assert_close(latent["samples"], expected, rtol=1e-3, atol=1e-4)
 

@@ -85,6 +85,7 @@ def test_vaes_are_loaded_whole_even_with_no_memory_to_spare(run, monkeypatch, na
     import comfy.model_management as management
 
     vae = getattr(load_set(run, "tiny"), name)
+    vae.patcher.detach()  # loading a set has used Stage A
     vae.patcher.load_device = META
     management.LoadedModel(vae.patcher).model_load(0.1)  # as --novram does
     tensors = (*vae.first_stage_model.parameters(), *vae.first_stage_model.buffers())

@@ -54,8 +54,6 @@ def test_a_network_in_the_wrong_place(call, run, tinies, empty, text):
             image=torch.rand(1, 64, 64, 3), width=128, height=128)  # fmt: skip
     refused("takes Stage A, and this is the semantic VAE", run, "WuerstchenVQGANEncode", vae=tinies.semantic,
             image=torch.rand(1, 64, 64, 3))  # fmt: skip
-    lora = {"file": "x", "strength": 1.0}
-    refused("Load LoRA is for Würstchen's Stage C", run, "WuerstchenLoadLoRA", model=tinies.model_b, **lora)
 
 
 def test_text_of_another_encoder(tinies, minis, call, ksampler, empty, text):
