@@ -82,4 +82,4 @@ def test_an_archive_has_the_pack_and_the_mini_without_the_tests():
     assert not folders & {"tests", ".ci", ".github", "assets"}
     needed = ["__init__.py", "requirements.txt", "pyproject.toml", "wuerstchen_core/workflow/nodes.json"]
     weights = [path for path in left if path.startswith("wuerstchen_core/mini/weights/")]
-    assert set(needed) <= set(left) and len(weights) == 7 and {"nodes", "workflows"} <= folders
+    assert set(needed) <= set(left) and len(weights) == 8 and {"nodes", "workflows"} <= folders
