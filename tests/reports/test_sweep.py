@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from wuerstchen_core.reports.sweep import Setting, distance, energy_distance, grid, plot, sweep, table, write_json
+from wuerstchen_core.reports.sweep import Setting, distance, energy_distance, grid, plot, sweep, table
 from wuerstchen_core.util.errors import WuerstchenError
+from wuerstchen_core.util.json_file import write_json
 
 
 def test_the_energy_distance_is_its_definition():
@@ -52,7 +53,7 @@ def test_a_sweep_has_a_row_for_each_setting_against_both_references(tmp_path):
     assert rows[3]["mean"] == draw(settings[3], 0).mean().item()
     lines = list(table(rows))
     assert len(lines) == 6 and lines[0] == "| sampler | schedule | steps | distance | energy | mean |"
-    write_json(tmp_path / "s.json", rows, {"stage": "c"})
+    write_json(tmp_path / "s.json", {"stage": "c", "rows": rows})
     assert json.loads((tmp_path / "s.json").read_text()) == {"stage": "c", "rows": rows}
     plot(tmp_path / "s.png", rows, "Stage C")
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"

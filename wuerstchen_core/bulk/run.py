@@ -38,7 +38,7 @@ class Run:
     """What is drawn, by whom, and where it goes.
 
     Args:
-        record: (a line) -> (what the picture says of how it was drawn, its graph).
+        record: (a line, the files of its LoRAs for Stage B) -> (what the picture says of how it was drawn, its graph).
         size: pictures at a time; None is found from the free memory.
         lora_file: FILE[:STRENGTH] -> the file and the strength.
         previewer: shows what Stage C drew, where it is the last to draw.
@@ -49,7 +49,7 @@ class Run:
     lines: Iterable[Line | BadLine]
     output: Folder | Shards
     errors: Errors
-    record: Callable[[Line], tuple[dict[str, Any], Any]]
+    record: Callable[[Line, frozenset[str]], tuple[dict[str, Any], Any]]
     lora_file: Callable[[str], tuple[Any, float]]
     share: Share = Share()
     size: int | None = None
@@ -150,7 +150,7 @@ class Run:
             for lines, latent in latents:
                 for line, one in zip(lines, latent.split(1), strict=True):
                     for _, picture in self._each([line], painter.stage_a, one):
-                        folder.write(line, picture[0], *self.record(line))
+                        folder.write(line, picture[0], *self._told(line))
                     self.done(1)
 
     def _semantic(self, round_: list[list[Line]]) -> Iterator[Work]:
@@ -182,6 +182,10 @@ class Run:
                 return
             yield True
 
+    def _told(self, line: Line) -> tuple[dict[str, Any], Any]:
+        loaded = (lora for lora, _ in map(self._lora, line.loras))
+        return self.record(line, frozenset(lora.path.name for lora in loaded if lora.stage == "Stage B"))
+
     def _lora(self, text: str) -> tuple[LoRA, float]:
         path, strength = self.lora_file(text)
         if text not in self._loras:
@@ -202,7 +206,7 @@ class Run:
     def _write_latents(self, works: list[Work], folder: Folder) -> None:
         for lines, latent in works:
             for line, one in zip(lines, latent.split(1), strict=True):
-                told, graph = self.record(line)
+                told, graph = self._told(line)
                 if self.previewer is not None:
                     small = preview(self.previewer, one.to(self.previewer_device))[0]
                     folder.write(line, small, told, graph)

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +102,18 @@ def generate_many(options: argparse.Namespace, defaults: Mapping[str, Any]) -> N
     errors = Errors(output.folder, share.rank, share.world)
     about, around = told_of_model(options, model) | {"device": device}, circumstances(model, None)
 
-    def record(line: Line) -> tuple[dict[str, Any], Any]:
+    def record(line: Line, loras_of_stage_b: frozenset[str]) -> tuple[dict[str, Any], Any]:
         told = {**line.settings, "batch_size": 1, **about}
         if line.loras:
             loras = map(read_lora, line.loras)
             told["loras"] = [f"{path.name}:{shown_strength(strength)}" for path, strength in loras]
-        return told, graph_of(told, around)
+        return told, graph_of(told, replace(around, loras_of_stage_b=loras_of_stage_b))
 
     with tqdm(unit="picture", leave=False) as bar:
         previewer = model.previewer if options.until else None
         Run(Painter(model), lines, output, errors, record, read_lora, share, size, block, previewer, bar.update)()
         drawn = bar.n
-    print(f"{drawn} pictures in {options.out}")
+    print(f"{drawn} picture{'s' * (drawn != 1)} in {options.out}")
     if errors.count:
         raise WuerstchenError(f"{errors.count} lines could not be drawn: {errors.path} says why")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..util.checks import whole_number
 from ..util.errors import WuerstchenError, one_line
+from ..util.json_file import write_json
 from .common import check_device, check_file, command
 
 
@@ -111,7 +112,7 @@ def _extractor(options: argparse.Namespace):
 
 
 def _pictures(options: argparse.Namespace) -> None:
-    from ..reports.evaluation.figures import figures, notes, plot, table, write_json
+    from ..reports.evaluation.figures import figures, notes, plot, table
     from ..reports.evaluation.reading import Scorer, check_captions, check_set, score
     from ..reports.evaluation.text_scores import clip_score, pick_score
 
@@ -151,7 +152,6 @@ def _pictures(options: argparse.Namespace) -> None:
 
 
 def _robustness(options: argparse.Namespace) -> None:
-    from ..reports.evaluation.figures import write_json
     from ..reports.evaluation.reading import check_set
     from ..reports.evaluation.robustness import plot, robustness, table
 
@@ -170,7 +170,6 @@ def _robustness(options: argparse.Namespace) -> None:
 def _preference(options: argparse.Namespace) -> None:
     import torch
 
-    from ..reports.evaluation.figures import write_json
     from ..reports.evaluation.preference import counted, paired, win_rate
     from ..reports.evaluation.reading import Scorer, check_captions, check_set, score
     from ..reports.evaluation.study import check_page, write_page
@@ -209,7 +208,6 @@ def _preference(options: argparse.Namespace) -> None:
 
 
 def _votes(options: argparse.Namespace) -> None:
-    from ..reports.evaluation.figures import write_json
     from ..reports.evaluation.study import as_json, read_votes, table, tallied
 
     _check_output(options)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..util.errors import WuerstchenError
+from ..util.json_file import write_json
 from .common import add_model, check_device, check_file, check_png, command, given_networks, load_model
 
 AGAINST: dict[str, dict[str, Any]] = {
@@ -89,7 +90,7 @@ def _against_diffusers(options: argparse.Namespace) -> None:
     from ..pipeline import MAX_BATCH
     from ..reports.against_diffusers import STEP, STEPS_B, STEPS_C, Task
     from ..reports.benchmark import MAX_RUNS
-    from ..reports.comparison import compare, plot, table, write_json
+    from ..reports.comparison import compare, plot, table
     from ..reports.diffusers_networks import require_diffusers
     from ..reports.plots import plotted
     from ..util.checks import whole_number
@@ -132,7 +133,7 @@ def _against_diffusers(options: argparse.Namespace) -> None:
         for line in table(figures):
             print(line)
         if options.json is not None:
-            write_json(figures, options.json)
+            write_json(options.json, figures)
         if options.plot is not None:
             plot(figures, axes)
 

@@ -7,6 +7,7 @@ from ..diffusion.options import SamplingOptions
 from ..util.atomic import replacing
 from ..util.checks import whole_number
 from ..util.errors import WuerstchenError
+from ..util.json_file import write_json
 from .common import add_model, check_png, command, load_model
 
 
@@ -108,7 +109,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _sweep(options: argparse.Namespace) -> None:
     from ..mini.emoji import EmojiSet
     from ..mini.sweep import stage_b_draws, stage_c_draws
-    from ..reports.sweep import grid, plot, sweep, table, write_json
+    from ..reports.sweep import grid, plot, sweep, table
 
     settings = grid(options.samplers, options.schedules, options.steps)
     for setting in settings:
@@ -126,7 +127,7 @@ def _sweep(options: argparse.Namespace) -> None:
     rows: list[dict] = []
     for row in sweep(draw, settings, figures, options.reference):
         rows.append(row)
-        write_json(options.output, rows, about)
+        write_json(options.output, {**about, "rows": rows})
         for line in list(table(rows))[0 if len(rows) == 1 else -1 :]:
             print(line, flush=True)
     plot(options.output.with_suffix(".png"), rows, f"Stage {options.stage.upper()}")

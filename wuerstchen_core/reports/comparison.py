@@ -1,6 +1,5 @@
 """Würstchen beside diffusers in figures: measured, as a table, as JSON and as a plot."""
 
-import json
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ import torch
 
 from ..diffusion.options import STAGE_B, STAGE_C
 from ..pipeline import Wuerstchen
-from ..util.atomic import replacing
 from ..util.errors import WuerstchenError
 from .against_diffusers import DIFFUSERS, OURS, SIDES, Stage, Task, stages
 from .diffusers_networks import require_diffusers
@@ -181,15 +179,6 @@ def _memory(weights: int, working: int | None) -> str:
 
 def _gibibytes(count: int | None) -> str:
     return "" if count is None else f"{count / 2**30:.2f}"
-
-
-def write_json(figures: Figures, path: Path) -> None:
-    """Raises WuerstchenError if the file can't be written."""
-    try:
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise WuerstchenError(f"{path}: could not be written ({error.strerror})") from error
 
 
 def plot(figures: Figures, axes: list[Any]) -> None:

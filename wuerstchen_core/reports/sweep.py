@@ -1,7 +1,6 @@
 """Solver × schedule × steps: how near few steps come to what many small ones draw, and what that is worth."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..diffusion.samplers import STOCHASTIC
-from ..util.atomic import replacing
 from ..util.errors import WuerstchenError
 from .plots import plotted
 
@@ -69,11 +67,6 @@ def energy_distance(ours: Tensor, theirs: Tensor) -> float:
         torch.cdist(one, one).sum() / (len(one) * one.shape[1] * (one.shape[1] - 1)) for one in (ours, theirs)
     )
     return ((2 * across - within - spread) / spread).item()
-
-
-def write_json(path: Path, rows: list[dict], about: dict) -> None:
-    with replacing(path) as partial:
-        partial.write_text(json.dumps({**about, "rows": rows}, indent=1), encoding="utf-8")
 
 
 def table(rows: list[dict]) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """The figures of a set of generated pictures, as a table, JSON and plot."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...util.atomic import replacing
 from ..plots import plotted
 from .distances import fid, inception_score, kid, precision_recall
 from .extractors import Extractor
@@ -68,11 +66,6 @@ def table(rows: Sequence[Figure]) -> Iterator[str]:
     for row in rows:
         spread = "" if row.spread is None else f"{row.spread:.4g}"
         yield f"| {row.name} | {row.value:.4f} | {spread} | {row.of} |"
-
-
-def write_json(path: Path, content: dict) -> None:
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def plot(path: Path, rows: Sequence[Figure], title: str) -> None:
