@@ -10,6 +10,8 @@ from ..util.errors import WuerstchenError, one_line
 from ..util.json_file import write_json
 from .common import check_device, check_file, command
 
+CLIP = "ViT-L-14"  # open_clip's name
+
 
 def add_commands(evaluate) -> None:
     pictures = command(evaluate, "pictures", _pictures, "generated pictures: FID, KID, IS, CLIP score, PickScore, …")
@@ -20,9 +22,7 @@ def add_commands(evaluate) -> None:
     pictures.add_argument(
         "--clip", type=Path, metavar="FILE", help="weights for the CLIP score, as open_clip reads them"
     )
-    pictures.add_argument(
-        "--clip-model", default="ViT-L-14", metavar="NAME", help="open_clip's name of it (default: ViT-L-14)"
-    )
+    pictures.add_argument("--clip-model", metavar="NAME", help="open_clip's name of it (default: ViT-L-14)")
     pictures.add_argument("--pickscore", type=Path, metavar="FOLDER", help="PickScore_v1, in transformers' layout")
     _add_reading(pictures)
     _add_output(pictures)
@@ -131,7 +131,7 @@ def _kept(options: argparse.Namespace, features: Sequence[str]):
         compressor = given.get("semantic_compressor") or MINI / SET["semantic_compressor"]
         weights = dict.fromkeys(features, hash_of(given.get("inception") or compressor))
     if given.get("clip") is not None:
-        weights["clip"] = f"{options.clip_model} {hash_of(options.clip)}"
+        weights["clip"] = f"{options.clip_model or CLIP} {hash_of(options.clip)}"
     if given.get("pickscore") is not None:
         weights["pick"] = hash_of(options.pickscore)
     return Kept(options.keep, weights)
@@ -151,6 +151,8 @@ def _pictures(options: argparse.Namespace) -> None:
         raise WuerstchenError("--prompts is for the CLIP score and PickScore: add --clip FILE or --pickscore FOLDER")
     if options.real is None and options.clip is None and options.pickscore is None and options.inception is None:
         raise WuerstchenError("nothing to measure: give --real FOLDER, --inception, --clip or --pickscore")
+    if options.clip is None and options.clip_model is not None:
+        raise WuerstchenError("--clip-model is of the CLIP score: add --clip FILE")
     if options.real is None and options.semantic_compressor is not None:
         raise WuerstchenError("--semantic-compressor is for a comparison with --real FOLDER: give both, or neither")
     extractor = None if options.real is None and options.inception is None else _extractor(options)
@@ -158,7 +160,7 @@ def _pictures(options: argparse.Namespace) -> None:
     if extractor is not None:
         scorers["features"] = extractor.score
     if options.clip is not None:
-        scorers["clip"] = clip_score(options.clip, options.clip_model, options.device)
+        scorers["clip"] = clip_score(options.clip, options.clip_model or CLIP, options.device)
     if options.pickscore is not None:
         scorers["pick"] = pick_score(options.pickscore, options.device)
     kept, real = _kept(options, ["features"] if extractor else []), None

@@ -33,7 +33,9 @@ def measure(folder, tmp_path):
         def scorer(name):
             def run(images, captions):
                 seen[name] += len(images)
-                return torch.stack([image.mean() * len(caption) for image, caption in zip(images, captions)])
+                return torch.stack(
+                    [image.mean() * len(caption) for image, caption in zip(images, captions, strict=True)]
+                )
 
             return run
 

@@ -76,7 +76,7 @@ class Kept:
         about = [name, self.weights[name]]
         for key, caption, content in rows:
             about += [key, caption if name in self.captioned else "", hashlib.sha256(content).hexdigest()]
-        return self.folder / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.safetensors"
+        return self.folder / f"{hash_of_texts(about)}.safetensors"
 
 
 def hash_of(path: str | Path) -> str:
@@ -90,3 +90,7 @@ def hash_of(path: str | Path) -> str:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def hash_of_texts(texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()

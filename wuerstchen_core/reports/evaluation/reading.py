@@ -1,5 +1,6 @@
 """Sets of pictures, read once: folders or shards."""
 
+import hashlib
 import io
 import logging
 import os
@@ -22,7 +23,7 @@ from ...training.data.shards import Shards, expand, is_shard
 from ...training.data.sources import FORMATS, FolderSource
 from ...util import pictures
 from ...util.errors import WuerstchenError, readable
-from .kept import Kept, Row, Values
+from .kept import Kept, Row, Values, hash_of_texts
 from .processes import ALONE, gathered
 
 Scorer = Callable[[list[Tensor], list[str]], Tensor]  # B images (3, H, W) in [0, 1] and their captions -> (B, ...)
@@ -163,8 +164,11 @@ def score(
         return done
 
     parts = [part for _, part in sorted(gathered(share, own), key=lambda one: one[0])]
-    found = Scored(*(sum((getattr(part, name) for part in parts), []) for name in ("keys", "captions")), {})
-    found.skipped = sum((part.skipped for part in parts), [])
+    found = Scored([], [], {})
+    for part in parts:
+        found.keys += part.keys
+        found.captions += part.captions
+        found.skipped += part.skipped
     if not found.keys:
         raise WuerstchenError(f"{readable(data, 150)}: no picture can be read; {' '.join(found.skipped[:1])}")
     if found.skipped and share.rank == 0:
@@ -224,6 +228,33 @@ def check_captions(data: str | Path, found: Scored) -> None:
             f"{readable(data, 150)}: {len(bare)} of {len(found.keys)} pictures have no caption, such as "
             f"{readable(bare[0], 100)}: add {readable(os.path.basename(bare[0]), 50)}.txt, or give --prompts FILE"
         )
+
+
+def hash_of_set(data: str | Path) -> str:
+    """Changes when a picture does, or its name. Raises WuerstchenError if there is no such set."""
+    stream, _ = entries(data)
+    texts = []
+    for entry in stream:
+        try:
+            told = entry if isinstance(entry, str) else f"{entry.name} {hashlib.sha256(entry.content()).hexdigest()}"
+        except (OSError, ValueError) as error:
+            told = str(error)
+        texts.append(told)
+    return hash_of_texts(texts)
+
+
+def read_captions(folder: Path) -> list[str]:
+    """The captions of a folder's pictures, in the order of their names. Raises WuerstchenError if one has none."""
+    source, captions = FolderSource(folder), []
+    for i, name in enumerate(source.keys):
+        try:
+            caption, reason = source.caption(i), "has no caption"
+        except Exception as error:  # of a damaged file of captions
+            caption, reason = "", str(error)
+        if not caption:
+            raise WuerstchenError(f"{readable(folder, 150)}: {readable(name, 100)}: {readable(reason, 150)}")
+        captions.append(caption)
+    return captions
 
 
 def read_prompts(path: Path) -> list[str]:
