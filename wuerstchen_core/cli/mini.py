@@ -37,7 +37,9 @@ def add_evaluate_commands(evaluate) -> None:
     emoji.add_argument("--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file")
     add_model(emoji)
 
-    sweep = command(evaluate, "sweep", _sweep, "samplers, schedules and steps on the emoji data set")
+    sweep = command(
+        evaluate, "solvers", _sweep, "one stage's latents by samplers, schedules and steps, on the emoji data set"
+    )
     _add_data(sweep)
     sweep.add_argument("--stage", choices=["c", "b"], default="c", help="Stage C (default) or Stage B")
     sweep.add_argument("--samplers", nargs="+", default=["ddpm", "dpmpp_2m_sde"], metavar="NAME", help="to compare")
