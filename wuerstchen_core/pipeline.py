@@ -333,7 +333,7 @@ class Wuerstchen:
         offload: bool | None = False,
     ) -> "Wuerstchen":
         """One file per network, all in `dtype`; by default in float32, but for Stage C and Stage B, which are in the
-        device's `fast_dtype`.
+        device's `fast_dtype`. Text encoders are in float32 in the place of bfloat16, which is too coarse for them.
 
         With `offload` only the network at work is on the device; None is where the device cannot hold all of them.
 
@@ -347,12 +347,13 @@ class Wuerstchen:
             )
         device = target if offload is False else torch.device("cpu")
         fast, dtype = dtype or fast_dtype(target), dtype or torch.float32
-        encoder_c = load_text_encoder(text_encoder_c, device, dtype)
+        exact = torch.float32 if dtype == torch.bfloat16 else dtype
+        encoder_c = load_text_encoder(text_encoder_c, device, exact)
         encoder_b: TextEncoder | None = encoder_c
         if text_encoder_b is None:
             encoder_b = None
         elif Path(text_encoder_b) != Path(text_encoder_c):
-            encoder_b = load_text_encoder(text_encoder_b, device, dtype)
+            encoder_b = load_text_encoder(text_encoder_b, device, exact)
         model = cls(
             stage_a=load_stage_a(stage_a, device, dtype),
             stage_b=load_stage_b(stage_b, device, fast),
