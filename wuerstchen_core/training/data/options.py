@@ -75,9 +75,13 @@ class DataOptions:
             caption_key=self.caption_key,
         )
 
+    def first_batch(self, count: int) -> dict:
+        """`count` square pictures with their captions, always the same ones, for samples."""
+        return next(replace(self, batch=count, buckets=False, workers=0).open(seed=0))
+
     def first_pictures(self, count: int) -> Tensor:
-        """(count, 3, H, W) in [0, 1], square and always the same ones, for samples."""
-        return next(replace(self, batch=count, buckets=False, workers=0).open(seed=0))["image"]
+        """The pictures of `first_batch`, (count, 3, H, W) in [0, 1]."""
+        return self.first_batch(count)["image"]
 
 
 def check_no_commands(table: Mapping[str, Any], path: str) -> None:
