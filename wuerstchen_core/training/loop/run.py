@@ -214,7 +214,7 @@ class _Learner:
         of them was asked to stop."""
         plan, accelerator = self.plan, self.accelerator
         for group in self.optimizer.param_groups:
-            group["lr"] = plan.rate(step)
+            group["lr"] = plan.rate(step) * group["rate"]
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):

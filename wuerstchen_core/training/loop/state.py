@@ -67,9 +67,14 @@ class RunState:
         """The model to call and its optimizer, as accelerate wraps them."""
         if self.accelerator.num_processes > 1 and self.accelerator.device.type != "cpu":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.task)  # torch has none for the CPU
-        self._names = [name for name, parameter in self.task.named_parameters() if parameter.requires_grad]
-        trained = [parameter for parameter in self.task.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.plan.learning_rate, weight_decay=self.plan.weight_decay)
+        trained = {name: parameter for name, parameter in self.task.named_parameters() if parameter.requires_grad}
+        rates = {name: self.task.rate(name) for name in trained}
+        self._names = sorted(trained, key=lambda name: rates[name])  # as the optimizer numbers them
+        groups = [
+            {"params": [trained[name] for name in self._names if rates[name] == rate], "rate": rate}
+            for rate in sorted(set(rates.values()))
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.plan.learning_rate, weight_decay=self.plan.weight_decay)
         self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
         if self._optimizer_state is not None:
             self._load_optimizer(self._optimizer_state)
