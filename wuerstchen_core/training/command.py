@@ -17,6 +17,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 # Stage -> the module with its `Options` and `build`, and what the help says.
 STAGES = {
+    "text-encoder": ("text_encoder", "a text encoder from scratch: which caption belongs to which semantic latent"),
     "stage-a": ("stage_a", "Stage A, from pictures to latents and back, with an adversarial loss"),
     "stage-b": ("stage_b", "Stage B, from semantic latents to Stage A's, and the semantic compressor with it"),
     "stage-c": ("stage_c", "Stage C, from text to semantic latents"),
@@ -49,7 +50,7 @@ def train(
         w.train("stage-c", config="mini", folder="runs/c", data="pictures", steps=1000, network={"depth": 4})
 
     Args:
-        stage: "stage-a", "stage-b", "stage-c", "previewer", "lora" or "distill".
+        stage: "text-encoder", "stage-a", "stage-b", "stage-c", "previewer", "lora" or "distill".
         config: a TOML file of options, or "mini" or "v2", which are shipped. Without one, all others are the defaults.
         folder: where the run keeps its checkpoints, weights, samples and logs (as in `config`, if not given).
         data: what it learns from: a folder of pictures with captions, or shards (as in `config`, if not given).
@@ -131,7 +132,7 @@ def _train(module, run_options: RunOptions, data, plan, options) -> None:
         if not task.feature_files:
             raise WuerstchenError("cache: with these options no network is frozen, so there is nothing to keep")
         key = f"{type(task).__name__} {task.feature_key} {fingerprint(*task.feature_files)}"
-        cache = FeatureCache(data.cache, key)
+        cache = FeatureCache(data.cache, key, task.features_of_captions)
 
     index = Path(run_options.folder) / "shards"
 
