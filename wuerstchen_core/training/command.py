@@ -1,9 +1,11 @@
 """Training in the public interface and on the command line: a stage's options from all places, and its run."""
 
 import argparse
+import dataclasses
 import importlib
 import os
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +133,16 @@ def _train(module, run_options: RunOptions, data, plan, options) -> None:
         key = f"{type(task).__name__} {task.feature_key} {fingerprint(*task.feature_files)}"
         cache = FeatureCache(data.cache, key)
 
-    def batches(first: int, rank: int, world: int):
-        return data.open(plan.seed, first, rank, world, cache, task.reads_captions)
+    index = Path(run_options.folder) / "shards"
 
-    learn(task, plan, run_options.folder, batches, cache, lambda: record.facts(data))
+    def batches(seen: list, rank: int, world: int):
+        return data.open(plan.seed, seen, rank, world, cache, task.reads_captions, index)
+
+    def held_out():
+        return dataclasses.replace(data, workers=0).open(plan.seed, cache=cache, index=index, validation=True)
+
+    facts = partial(record.facts, data)
+    learn(task, plan, run_options.folder, batches, cache, facts, held_out if data.held_out else None)
 
 
 def _parsed(stage: str, arguments: list[str]) -> dict[str, str]:
