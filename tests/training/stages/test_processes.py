@@ -33,7 +33,7 @@ def test_two_processes_and_one_agree_in_the_first_loss(place, tiny_folder):
     for stage, options in runs(tiny_folder, place / "one", 4).items():
         w.train(stage, **options)
     for rank in ranks:
-        rank.join(timeout=120)
+        rank.join(timeout=300)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     for stage in runs(tiny_folder, "", 1):
         one, two = logged(place / "one" / stage), logged(place / "two" / stage)
@@ -41,3 +41,27 @@ def test_two_processes_and_one_agree_in_the_first_loss(place, tiny_folder):
         for tag, steps in one.items():
             assert two[tag][1] == pytest.approx(steps[1], rel=1e-5), (stage, tag)
         assert os.path.getsize(place / "two" / stage / "checkpoint.pt") > 1000
+
+
+def test_two_processes_that_share_the_blocks_weights_learn_as_one(place, tiny_folder):
+    """FSDP2, block by block: Stage B's ResBlocks and AttnBlocks are also called outside of their forward passes."""
+
+    def both(folder, batch):
+        stages = {stage: runs(tiny_folder, folder, batch)[stage] for stage in ("stage-c", "stage-b")}
+        return {
+            stage: {**options, "steps": 3, "text_absent": 0.0, "learning_rate": 0.01} if stage == "stage-b" else
+            {**options, "steps": 3, "gradient_checkpointing": True, "learning_rate": 0.01}
+            for stage, options in stages.items()
+        }  # fmt: skip
+
+    port = free_port()
+    ranks = [process(run_stages, rank, port, both(place / "two", 2), True) for rank in range(2)]
+    for stage, options in both(place / "one", 4).items():
+        w.train(stage, **options)
+    for rank in ranks:
+        rank.join(timeout=300)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    for stage in both("", 1):
+        one, two = logged(place / "one" / stage), logged(place / "two" / stage)
+        for tag, steps in one.items():
+            assert [two[tag][step][0] for step in steps] == pytest.approx([x for (x,) in steps.values()], rel=1e-4)
