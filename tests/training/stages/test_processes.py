@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 import wuerstchen_core as w
 from tests.training.runs import free_port, logged, process, run_stages
@@ -43,16 +44,14 @@ def test_two_processes_and_one_agree_in_the_first_loss(place, tiny_folder):
         assert os.path.getsize(place / "two" / stage / "checkpoint.pt") > 1000
 
 
-def test_two_processes_that_share_the_blocks_weights_learn_as_one(place, tiny_folder):
-    """FSDP2, block by block: Stage B's ResBlocks and AttnBlocks are also called outside of their forward passes."""
+def test_two_processes_that_share_the_blocks_weights_have_the_gradients_of_one(place, tiny_folder):
+    """FSDP2, block by block: AttnBlocks and Stage B's ResBlocks are also called outside of their forward passes."""
 
     def both(folder, batch):
-        stages = {stage: runs(tiny_folder, folder, batch)[stage] for stage in ("stage-c", "stage-b")}
-        return {
-            stage: {**options, "steps": 3, "text_absent": 0.0, "learning_rate": 0.01} if stage == "stage-b" else
-            {**options, "steps": 3, "gradient_checkpointing": True, "learning_rate": 0.01}
-            for stage, options in stages.items()
-        }  # fmt: skip
+        common = {"steps": 2, "learning_rate": 1e-5, "gradient_checkpointing": True}
+        stages = runs(tiny_folder, folder, batch)
+        stages["stage-c"]["init"] = str(tiny_folder / SET["stage_c"])
+        return {stage: {**stages[stage], **common} for stage in ("stage-c", "stage-b")}
 
     port = free_port()
     ranks = [process(run_stages, rank, port, both(place / "two", 2), True) for rank in range(2)]
@@ -62,6 +61,12 @@ def test_two_processes_that_share_the_blocks_weights_learn_as_one(place, tiny_fo
         rank.join(timeout=300)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     for stage in both("", 1):
-        one, two = logged(place / "one" / stage), logged(place / "two" / stage)
-        for tag, steps in one.items():
-            assert [two[tag][step][0] for step in steps] == pytest.approx([x for (x,) in steps.values()], rel=1e-4)
+        one, two = (
+            torch.load(place / folder / stage / "checkpoint.pt", weights_only=True)["optimizer"]
+            for folder in ("one", "two")
+        )
+        assert one.keys() == two.keys()
+        largest = max(kept["exp_avg"].abs().max() for kept in one.values())
+        for name, kept in one.items():
+            error = (two[name]["exp_avg"] - kept["exp_avg"]).abs().max()
+            assert error < 1e-3 * kept["exp_avg"].abs().max() + 1e-6 * largest, (stage, name)

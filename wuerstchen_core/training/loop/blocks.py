@@ -1,5 +1,6 @@
 """What is done to the blocks of a task's networks, one by one: gradient checkpointing, compilation, sharding."""
 
+import warnings
 from functools import partial
 
 from torch import nn
@@ -41,6 +42,7 @@ def shard_blocks(network: nn.Module, plugin) -> None:
         offload_policy=plugin.cpu_offload,
         mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
     )
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # keys and values are views, and not worked on in place
     for block in [module for module in network.modules() if isinstance(module, BLOCKS)]:
         if isinstance(block, ResBlock) and block.semantic is not None:
             shard(block.semantic)
