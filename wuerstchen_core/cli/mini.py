@@ -22,9 +22,11 @@ def add_train_command(train) -> None:
     mini.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
     mini.add_argument("work", type=Path, help="folder for checkpoints and the finished weights")
     mini.add_argument(
-        "--only", metavar="NETWORK", help="stage_a, semantic_compressor, text_encoder, stage_b, stage_c or previewer"
+        "--only",
+        metavar="RUN",
+        help="stage_a, semantic_compressor, linear_preview, text_encoder, stage_c, stage_b or distill",
     )
-    mini.add_argument("--steps", type=int, metavar="N", help="instead of the recipe's")
+    mini.add_argument("--steps", type=int, metavar="N", help="of every run, instead of its own")
 
 
 def add_evaluate_commands(evaluate) -> None:
@@ -51,6 +53,21 @@ def add_evaluate_commands(evaluate) -> None:
     sweep.add_argument("--reference", type=int, default=200, metavar="N", help="steps to compare with (default: 200)")
     sweep.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON; a plot of its name beside it")
     add_model(sweep)
+
+    efficiency = command(
+        evaluate, "efficiency", _efficiency, "Stage C and a single-stage baseline after equal amounts of training"
+    )
+    _add_data(efficiency)
+    efficiency.add_argument("work", type=Path, help="folder for the two runs and the figures; what is there goes on")
+    efficiency.add_argument("--count", type=int, default=100, metavar="N", help="emoji to learn (default: 100)")
+    efficiency.add_argument(
+        "--budgets",
+        type=float,
+        nargs="+",
+        default=[1, 2, 4, 8, 16, 32],
+        metavar="N",
+        help="operations of training at which both are measured, in 10¹² (default: 1 2 4 8 16 32)",
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -133,3 +150,18 @@ def _sweep(options: argparse.Namespace) -> None:
         for line in list(table(rows))[0 if len(rows) == 1 else -1 :]:
             print(line, flush=True)
     plot(options.output.with_suffix(".png"), rows, f"Stage {options.stage.upper()}")
+
+
+def _efficiency(options: argparse.Namespace) -> None:
+    from ..mini.efficiency import compare, plot
+    from ..mini.emoji import EmojiSet
+
+    rows = []
+    for row in compare(EmojiSet(options.data), options.work, options.count, options.budgets):
+        rows.append(row)
+        print(
+            f"{row['network']:<9} {row['operations'] / 1e12:6.2f} T in {row['steps']:5} steps: "
+            f"{row['top-1']:.1%} of {options.count} names",
+            flush=True,
+        )
+    plot(options.work / "efficiency.png", rows)

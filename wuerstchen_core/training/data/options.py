@@ -91,10 +91,13 @@ class DataOptions:
             validation=validation,
         )
 
+    def first_batch(self, count: int) -> dict:
+        """`count` square pictures with their captions, always the same ones, for samples."""
+        return next(replace(self, batch=count, buckets=False, workers=0, held_out=0).open(seed=0))
+
     def first_pictures(self, count: int) -> Tensor:
-        """(count, 3, H, W) in [0, 1], square and always the same ones, for samples."""
-        first = replace(self, batch=count, buckets=False, workers=0, held_out=0)
-        return next(first.open(seed=0))["image"].float() / 255
+        """The pictures of `first_batch` as floats, (count, 3, H, W) in [0, 1]."""
+        return self.first_batch(count)["image"].float() / 255
 
 
 def check_no_commands(table: Mapping[str, Any], path: str) -> None:

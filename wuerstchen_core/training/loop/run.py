@@ -287,7 +287,7 @@ class _Learner:
         """One update of the weights. Nothing waits for the device: what has come out is known from `results`."""
         plan, accelerator = self.plan, self.accelerator
         for group in self.optimizer.param_groups:
-            group["lr"] = plan.rate(step)
+            group["lr"] = plan.rate(step) * group["rate"]
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints.load import load_semantic_compressor, load_stage_a, load_stage_b
+from ...checkpoints.load import load_stage_a, load_stage_b
 from ...checkpoints.sets import SET
 from ...diffusion.options import STAGE_B
 from ...geometry import Geometry
@@ -30,12 +30,12 @@ from .conditioning import (
     CaptionEncoder,
     check_precision,
     check_size,
+    compressor_for,
     compressor_input,
     computed_in,
     copied,
     drop_captions,
     encode_captions,
-    load_backbone,
     spoil,
     text_encoder_for,
     weight_file,
@@ -105,7 +105,9 @@ def build(options: Options, data: DataOptions) -> "StageBTask":
         raise WuerstchenError("cache: the pictures are needed themselves while the compressor is trained")
     stage_a_file = weight_file("stage_a", options.stage_a, SET["stage_a"])
     stage_a = load_stage_a(stage_a_file)
-    compressor, compressor_files = _compressor(options)
+    compressor, compressor_files = compressor_for(
+        options.semantic_compressor, options.compressor, options.backbone, options.train_compressor
+    )
     if options.init:
         network = copied(load_stage_b(weight_file("init", options.init, SET["stage_b"])))
     else:
@@ -133,22 +135,18 @@ def build(options: Options, data: DataOptions) -> "StageBTask":
             f"init: this Stage B is for {network.config.latent_space}, but the compressor's is "
             f"{compressor.config.latent_space}"
         )
+    if not any(network.config.semantic):
+        if options.train_compressor:
+            raise WuerstchenError(
+                "train_compressor: this Stage B reads no semantic latent (network.semantic): set false"
+            )
+        if encoder is None:
+            raise WuerstchenError("text_encoder is empty, and this Stage B reads no semantic latent either: name one")
     if options.text_absent > 0 or not options.text_encoder:
         network.config = dataclasses.replace(network.config, text_absent=True)
     task = StageBTask(network, compressor, stage_a, encoder, options, data)
     task.feature_files = (stage_a_file, *compressor_files, *text_files)
     return task
-
-
-def _compressor(options: Options) -> tuple[SemanticCompressor, list]:
-    if not options.semantic_compressor:
-        compressor = SemanticCompressor(options.compressor)
-        if options.backbone:
-            load_backbone(compressor, options.backbone)
-        return compressor, []
-    path = weight_file("semantic_compressor", options.semantic_compressor, SET["semantic_compressor"])
-    compressor = load_semantic_compressor(path)
-    return (copied(compressor), []) if options.train_compressor else (compressor, [path])
 
 
 class Readers(NamedTuple):
@@ -163,6 +161,8 @@ class StageBTask(Task):
     """`network` learns to predict the noise in a picture's Stage A latent, given its semantic latent and caption.
 
     The semantic latent comes from the compressor, which is frozen or learns with it (`options.train_compressor`).
+    Without any level that reads it (`semantic` in the network's configuration) the network is a latent diffusion model
+    of a single stage, conditioned on text alone: the paper's baseline.
     """
 
     sampler = STAGE_B.sampler  # of the samples
@@ -182,6 +182,7 @@ class StageBTask(Task):
         self.compressor = compressor if options.train_compressor else None
         self.readers = Readers(stage_a, encoder, None if options.train_compressor else compressor)
         self.frozen = tuple(reader for reader in self.readers if reader is not None)
+        self.reads_semantic = any(network.config.semantic)
         self.leaves_out = encoder is None or options.text_absent > 0
         self.reads_captions = encoder is not None
         self.feature_key = options.frozen_precision
@@ -192,12 +193,13 @@ class StageBTask(Task):
             with torch.no_grad():
                 self.nothing = (encode_captions(encoder, [""]),)
         self.pictures: tuple[Tensor, ...] = ()
+        self.captions: list[str] = []
 
     def features(self, batch: dict) -> dict[str, Tensor]:
         image = batch["image"]
         with computed_in(self.options.frozen_precision, image.device):
             found = {"latent": self.readers.stage_a.encode(image)}
-            if self.readers.compressor is not None:
+            if self.readers.compressor is not None and self.reads_semantic:
                 found["semantic"] = self.readers.compressor(compressor_input(image))
             if self.read_captions is not None:
                 found["text"] = self.read_captions(batch["caption"])
@@ -205,11 +207,7 @@ class StageBTask(Task):
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         found = batch["features"]
-        if self.compressor is None:
-            semantic = found["semantic"]
-        else:
-            semantic = self.compressor(compressor_input(batch["image"]))
-        semantic = self.spoiled(semantic, draws)
+        semantic = self.semantic(batch, draws)
         text = None
         if "text" in found and draws.common.random() >= self.options.text_absent:
             text = drop_captions(found["text"], self.nothing[0], self.options.caption_drop, draws.uniform())
@@ -221,6 +219,14 @@ class StageBTask(Task):
         t, noise = times_of(draws.uniform(), self.options.high_noise), draws.normal(latent.shape[1:])
         largest_error = self.options.largest_error or math.inf
         return {"noise": diffusion_loss(predict, latent, self.options.p2_k, t, noise, largest_error)}
+
+    def semantic(self, batch: dict, draws: Draws) -> Tensor:
+        found = batch["features"]
+        if not self.reads_semantic:
+            return found["latent"].new_zeros(len(found["latent"]), self.network.config.semantic_channels, 1, 1)
+        if self.compressor is None:
+            return self.spoiled(found["semantic"], draws)
+        return self.spoiled(self.compressor(compressor_input(batch["image"])), draws)
 
     def spoiled(self, semantic: Tensor, draws: Draws) -> Tensor:
         options, space = self.options, self.network.config.latent_space
@@ -237,12 +243,17 @@ class StageBTask(Task):
             return None
         device = self.network.clip_mapper.weight.device
         if not self.pictures:
-            self.pictures = (self.data.first_pictures(self.options.sample_count).permute(0, 2, 3, 1),)
+            batch = self.data.first_batch(self.options.sample_count)
+            self.pictures, self.captions = (batch["image"].permute(0, 2, 3, 1),), batch["caption"]
         image = self.pictures[0].to(device)
         compressor = self.compressor if self.readers.compressor is None else self.readers.compressor
         assert compressor is not None  # it is trained or frozen
         geometry = Geometry(width=image.shape[2], height=image.shape[1])
         semantic = compress(compressor, image)
-        latent = sample_stage_b(self.network, semantic, geometry, steps=self.options.sample_steps, sampler=self.sampler)
+        encoder = self.readers.encoder
+        text = None if encoder is None else encode_captions(encoder, self.captions)
+        latent = sample_stage_b(
+            self.network, semantic, geometry, text, steps=self.options.sample_steps, sampler=self.sampler
+        )
         drawn = decode(self.readers.stage_a, latent, geometry)
         return torch.stack([image, drawn], dim=1).flatten(0, 1)
