@@ -82,7 +82,7 @@ class RunState:
         if plugin is not None:  # accelerate takes the weights of which a process has nothing for one another
             parameters, names = dict(self.task.named_parameters()), iter(self._names)
             for group in self.optimizer.param_groups:
-                group["params"] = [parameters[name] for name, _ in zip(names, group["params"], strict=False)]
+                group["params"] = [parameters[name] for _, name in zip(group["params"], names, strict=False)]
         if self._optimizer_state is not None:
             self._load_optimizer(self._optimizer_state)
         if self._scaler_state is not None and self.accelerator.scaler is not None:
