@@ -48,8 +48,8 @@ class Toy(Task):
 def toy_batches(batch=4, end=None):
     """Pictures of four numbers that follow from the sample's number."""
 
-    def opened(first, rank, world):
-        micro = first
+    def opened(seen, rank, world):
+        micro = sum(count for count, _ in seen)
         while micro != end:
             numbers = torch.arange(batch) + (micro * world + rank) * batch
             yield {"image": torch.sin(numbers[:, None] * torch.tensor([1.0, 2.0, 3.0, 4.0])), "key": [""] * batch}
@@ -179,11 +179,11 @@ def process(target, *arguments):
 
 
 def logged(folder):
-    """tag -> step -> all values that tensorboard's logs have for it, in the order of writing."""
+    """tag -> step -> all values that tensorboard's logs have for it, in the order of writing; without the speed."""
     values = defaultdict(lambda: defaultdict(list))
     for path in sorted((Path(folder) / "logs").iterdir(), key=lambda path: path.stat().st_mtime_ns):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if not value.metadata.plugin_data.plugin_name == "images":
+                if value.metadata.plugin_data.plugin_name != "images" and not value.tag.startswith("speed/"):
                     values[value.tag][event.step].append(tensor_util.make_ndarray(value.tensor).item())
     return {tag: dict(steps) for tag, steps in values.items()}

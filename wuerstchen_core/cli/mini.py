@@ -22,9 +22,11 @@ def add_train_command(train) -> None:
     mini.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
     mini.add_argument("work", type=Path, help="folder for checkpoints and the finished weights")
     mini.add_argument(
-        "--only", metavar="NETWORK", help="stage_a, semantic_compressor, text_encoder, stage_b, stage_c or previewer"
+        "--only",
+        metavar="RUN",
+        help="stage_a, semantic_compressor, linear_preview, text_encoder, stage_c, stage_b or distill",
     )
-    mini.add_argument("--steps", type=int, metavar="N", help="instead of the recipe's")
+    mini.add_argument("--steps", type=int, metavar="N", help="of every run, instead of its own")
 
 
 def add_evaluate_commands(evaluate) -> None:
@@ -37,7 +39,9 @@ def add_evaluate_commands(evaluate) -> None:
     emoji.add_argument("--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file")
     add_model(emoji)
 
-    sweep = command(evaluate, "sweep", _sweep, "samplers, schedules and steps on the emoji data set")
+    sweep = command(
+        evaluate, "solvers", _sweep, "one stage's latents by samplers, schedules and steps, on the emoji data set"
+    )
     _add_data(sweep)
     sweep.add_argument("--stage", choices=["c", "b"], default="c", help="Stage C (default) or Stage B")
     sweep.add_argument("--samplers", nargs="+", default=["ddpm", "dpmpp_2m_sde"], metavar="NAME", help="to compare")

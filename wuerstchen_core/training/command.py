@@ -1,9 +1,11 @@
 """Training in the public interface and on the command line: a stage's options from all places, and its run."""
 
 import argparse
+import dataclasses
 import importlib
 import os
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 # Stage -> the module with its `Options` and `build`, and what the help says.
 STAGES = {
+    "text-encoder": ("text_encoder", "a text encoder from scratch: which caption belongs to which semantic latent"),
     "stage-a": ("stage_a", "Stage A, from pictures to latents and back, with an adversarial loss"),
     "stage-b": ("stage_b", "Stage B, from semantic latents to Stage A's, and the semantic compressor with it"),
     "stage-c": ("stage_c", "Stage C, from text to semantic latents"),
@@ -47,7 +50,7 @@ def train(
         w.train("stage-c", config="mini", folder="runs/c", data="pictures", steps=1000, network={"depth": 4})
 
     Args:
-        stage: "stage-a", "stage-b", "stage-c", "previewer", "lora" or "distill".
+        stage: "text-encoder", "stage-a", "stage-b", "stage-c", "previewer", "lora" or "distill".
         config: a TOML file of options, or "mini", "v2", "paper" (then "paper-2", …) or "baseline", which are shipped.
             Without one, all others are the defaults.
         folder: where the run keeps its checkpoints, weights, samples and logs (as in `config`, if not given).
@@ -130,12 +133,18 @@ def _train(module, run_options: RunOptions, data, plan, options) -> None:
         if not task.feature_files:
             raise WuerstchenError("cache: with these options no network is frozen, so there is nothing to keep")
         key = f"{type(task).__name__} {task.feature_key} {fingerprint(*task.feature_files)}"
-        cache = FeatureCache(data.cache, key)
+        cache = FeatureCache(data.cache, key, task.features_of_captions)
 
-    def batches(first: int, rank: int, world: int):
-        return data.open(plan.seed, first, rank, world, cache, task.reads_captions)
+    index = Path(run_options.folder) / "shards"
 
-    learn(task, plan, run_options.folder, batches, cache, lambda: record.facts(data))
+    def batches(seen: list, rank: int, world: int):
+        return data.open(plan.seed, seen, rank, world, cache, task.reads_captions, index)
+
+    def held_out():
+        return dataclasses.replace(data, workers=0).open(plan.seed, cache=cache, index=index, validation=True)
+
+    facts = partial(record.facts, data)
+    learn(task, plan, run_options.folder, batches, cache, facts, held_out if data.held_out else None)
 
 
 def _parsed(stage: str, arguments: list[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints.load import load_semantic_compressor, load_stage_a, load_stage_b
+from ...checkpoints.load import load_stage_a, load_stage_b
 from ...checkpoints.sets import SET
 from ...diffusion.options import STAGE_B
 from ...geometry import Geometry
@@ -30,12 +30,12 @@ from .conditioning import (
     CaptionEncoder,
     check_precision,
     check_size,
+    compressor_for,
     compressor_input,
     computed_in,
     copied,
     drop_captions,
     encode_captions,
-    load_backbone,
     spoil,
     text_encoder_for,
     weight_file,
@@ -105,7 +105,9 @@ def build(options: Options, data: DataOptions) -> "StageBTask":
         raise WuerstchenError("cache: the pictures are needed themselves while the compressor is trained")
     stage_a_file = weight_file("stage_a", options.stage_a, SET["stage_a"])
     stage_a = load_stage_a(stage_a_file)
-    compressor, compressor_files = _compressor(options)
+    compressor, compressor_files = compressor_for(
+        options.semantic_compressor, options.compressor, options.backbone, options.train_compressor
+    )
     if options.init:
         network = copied(load_stage_b(weight_file("init", options.init, SET["stage_b"])))
     else:
@@ -145,17 +147,6 @@ def build(options: Options, data: DataOptions) -> "StageBTask":
     task = StageBTask(network, compressor, stage_a, encoder, options, data)
     task.feature_files = (stage_a_file, *compressor_files, *text_files)
     return task
-
-
-def _compressor(options: Options) -> tuple[SemanticCompressor, list]:
-    if not options.semantic_compressor:
-        compressor = SemanticCompressor(options.compressor)
-        if options.backbone:
-            load_backbone(compressor, options.backbone)
-        return compressor, []
-    path = weight_file("semantic_compressor", options.semantic_compressor, SET["semantic_compressor"])
-    compressor = load_semantic_compressor(path)
-    return (copied(compressor), []) if options.train_compressor else (compressor, [path])
 
 
 class Readers(NamedTuple):

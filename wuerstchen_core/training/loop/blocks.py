@@ -1,3 +1,5 @@
+"""What is done to the blocks of a task's networks, one by one: gradient checkpointing and compilation."""
+
 from functools import partial
 
 from torch import nn
@@ -17,3 +19,10 @@ def checkpoint_blocks(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, BLOCKS):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """From now on the blocks in `network` are compiled when they are first called; equal ones share their code."""
+    for module in network.modules():
+        if isinstance(module, BLOCKS):
+            module.compile()
