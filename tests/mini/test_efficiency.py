@@ -1,12 +1,14 @@
 """Stage C beside a single-stage baseline: what is counted, and that both are trained and measured alike."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 import wuerstchen_core as w
 from wuerstchen_core.cli import main
+from wuerstchen_core.diffusion.options import SamplingOptions
 from wuerstchen_core.mini import efficiency
 from wuerstchen_core.mini.efficiency import CONTENDERS, operations_of_step, recognised
 from wuerstchen_core.mini.evaluation import thumbnail
@@ -51,24 +53,27 @@ def test_the_text_encoder_knows_nothing_and_is_always_the_same(emoji, tmp_path):
     assert (tmp_path / "a/pictures/0001.txt").read_text() == "green disc, noto style"
 
 
-def test_the_command_trains_measures_and_goes_on(emoji, tmp_path, capsys):
+def test_the_command_trains_measures_and_goes_on(emoji, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
+    small = {name: contender._replace(batch=2) for name, contender in CONTENDERS.items()}
+    monkeypatch.setattr(efficiency, "CONTENDERS", small)
+    monkeypatch.setattr(efficiency, "SamplingOptions", partial(SamplingOptions, steps=2))
     work = tmp_path / "work"
     arguments = ["evaluate", "efficiency", str(emoji), str(work), "--count", "3", "--budgets"]
-    assert main([*arguments, "0.03"]) == 0
+    assert main([*arguments, "0.003"]) == 0
     rows = json.loads((work / "efficiency.json").read_text())["rows"]
     assert [(row["network"], row["steps"], row["pictures"]) for row in rows] == [
         ("Stage C", 1, 20),
         ("baseline", 1, 16),
     ]
-    assert all(0.02 < row["operations"] / 1e12 < 0.04 and 0 <= row["top-1"] <= 1 for row in rows)
+    assert all(0.002 < row["operations"] / 1e12 < 0.005 and 0 <= row["top-1"] <= 1 for row in rows)
     assert w.load_stage_c(work / "stage-c" / "stage_c.safetensors").config.width == 256
     assert (work / "efficiency.png").stat().st_size > 1000
     capsys.readouterr()
     stamps = [(work / stage / "checkpoint.pt").stat().st_mtime_ns for stage in ("stage-c", "stage-b")]
-    assert main([*arguments, "0.03"]) == 0  # all is there
+    assert main([*arguments, "0.003"]) == 0  # all is there
     assert stamps == [(work / stage / "checkpoint.pt").stat().st_mtime_ns for stage in ("stage-c", "stage-b")]
-    for wrong, says in ((["-1"], "budgets are numbers above 0"), (["0.03", "--count", "2"], "of 3 emoji, not of 2")):
+    for wrong, says in ((["-1"], "budgets are numbers above 0"), (["0.003", "--count", "2"], "of 3 emoji, not of 2")):
         assert main([*arguments, *wrong]) == 2
         assert says in capsys.readouterr().err
     assert main([*arguments, "1", "--count", "9"]) == 2

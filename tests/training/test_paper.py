@@ -98,8 +98,8 @@ def test_the_baseline_learns_from_text_alone(place, tiny_folder):  # noqa: F811
     names = {"text_encoder": "text_encoder_c", "semantic_compressor": "semantic_compressor", "stage_a": "stage_a"}
     given = {name: str(tiny_folder / SET[role]) for name, role in names.items()}
     few = {"data": "pictures", "size": 64, "batch": 2, "workers": 0, "steps": 2, "ema_every": 1, "sample_every": 2}
-    w.train("stage-b", config="baseline", folder="run", **few, **given, network={**LEVELS, "text_width": 32},
-            sample_count=2, sample_steps=2)  # fmt: skip
+    few["network"] = {**LEVELS, "text_width": 32}
+    w.train("stage-b", config="baseline", folder="run", **few, **given, sample_count=2, sample_steps=2)
     network = w.load_stage_b("run/stage_b.safetensors")
     assert not any("effnet" in name or "semantic" in name for name in network.state_dict())
     with torch.inference_mode():
