@@ -45,16 +45,21 @@ def network_contents(archive: Archive, kind: str, dtype: torch.dtype | None = No
     network = empty(archive, part)
     expected = shapes(network)
     found = sources(archive, part, expected)
+
+    def values(name: str) -> Tensor:
+        source = found[name]
+        return torch.tensor(0) if source is None else source.of([archive.read(theirs) for theirs in source.names])
+
     outlines = {}
     for name, source in found.items():
         own = archive.tensors[source.names[0]].dtype if source else torch.int64
         wanted = own if dtype is None or not own.is_floating_point else stored_dtype(expected[name], dtype)
+        if wanted == torch.float8_e4m3fn and values(name).float().abs().max() > torch.finfo(wanted).max:
+            wanted = torch.float16
         outlines[name] = torch.empty(expected[name], dtype=wanted, device="meta")
 
     def read(name: str) -> Tensor:
-        source = found[name]
-        values = torch.tensor(0) if source is None else source.of([archive.read(theirs) for theirs in source.names])
-        return placed(archive, name, values, "cpu", outlines[name].dtype).contiguous()
+        return placed(archive, name, values(name), "cpu", outlines[name].dtype).contiguous()
 
     return Contents(outlines, read, {METADATA_KEY: header(kind, part.config)})
 
