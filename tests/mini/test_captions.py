@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from wuerstchen_core.mini.captions import SIZE_WORDS, caption, plain_caption
+from wuerstchen_core.mini.captions import FRAMES, SIZE_WORDS, caption, plain_caption, plural
 from wuerstchen_core.mini.emoji import COLOURS, PLACES, SIZES, Description
 
 WORDS = {
@@ -58,7 +58,20 @@ def test_captions_vary():
 def test_articles(name, expected):
     texts = {caption(Description(name, (), "noto"), random.Random(seed)).lower() for seed in range(300)}
     assert expected in {t.split(",")[0].split(" in ")[0] for t in texts}
-    assert all(re.match(rf"({expected}|{name}|noto|a noto)\b", t) for t in texts)
+    start = rf"({'|'.join(FRAMES)})? ?({expected}|{name}|{plural(name)}|noto|a noto)\b"
+    assert all(re.match(start, t) for t in texts)
+    assert any(re.match(rf"({'|'.join(FRAMES)}) {expected}\b", t) for t in texts)
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("pizza", "pizzas"), ("fox", "foxes"), ("cherry", "cherries"), ("donkey", "donkeys"), ("octopus", "octopuses"),
+    ("grapes", "grapes"), ("peach", "peaches"), ("dress", "dresses"), ("keycap 5", "keycap 5"), ("a", "as"),
+])  # fmt: skip
+def test_plurals(name, expected):
+    assert plural(name) == expected
+    texts = [caption(Description(name, (), "noto"), random.Random(seed)).lower() for seed in range(300)]
+    if expected != name:
+        assert 2 < sum(bool(re.search(rf"\b{expected}\b", text)) for text in texts) < 40
 
 
 def test_plain_caption():

@@ -44,12 +44,17 @@ NOTO = {
         "arrow": {"body": SQUARE.format("#00f")},
     },
 }  # fmt: skip
+FLAT = SQUARE.format("#ff8")
 CHARS = {"1f534": "disc", "27a1": "arrow", "1fa85-1f3fb": "pinata-light-skin-tone"}
 
 
 def write_packages(folder, fluent=FLUENT):
     modules = folder / "node_modules"
-    files = {"icons.json": fluent, "chars.json": {}}, {"icons.json": NOTO, "chars.json": CHARS}, {}
+    flat = {"prefix": "fluent-emoji-flat", "width": 32, "height": 32, "icons": {"red-circle": {"body": FLAT}}}
+    files = (
+        {"icons.json": fluent, "chars.json": {}}, {"icons.json": NOTO, "chars.json": CHARS},
+        {"icons.json": flat, "chars.json": {}}, {},
+    )  # fmt: skip
     for package, contents in zip(data.PACKAGES, files, strict=True):
         (modules / package).mkdir(parents=True)
         about = {"name": package, "version": data.PACKAGES[package], "license": "MIT"}
@@ -66,7 +71,7 @@ def emoji(tmp_path_factory):
         patch.setattr(data, "install", write_packages)
         seen = []
         data.build(folder, 64, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(i, 6) for i in range(1, 7)]
+    assert seen == [(i, 7) for i in range(1, 8)]
     assert [path.name for path in folder.parent.iterdir()] == ["set"]
     return EmojiSet(folder)
 
@@ -82,18 +87,21 @@ def rgb(picture, x, y):
 def test_entries(emoji):
     names = [(e["style"], e["name"]) for e in emoji.entries]
     fluent = ["enraged face", "red circle", "pinata", "right arrow"]
-    assert names == [("fluent", n) for n in fluent] + [("noto", n) for n in ("red circle", "right arrow")]
-    assert len(set(names)) == len(names) == len(emoji) == 6
+    assert names == [("fluent", n) for n in fluent] + [("noto", n) for n in ("red circle", "right arrow")] + [
+        ("flat", "red circle")
+    ]
+    assert len(set(names)) == len(names) == len(emoji) == 7
     assert emoji.entries[1] == {"name": "red circle", "keywords": ["ball", "red"], "style": "fluent", "emoji": "🔴"}
     assert emoji.entries[3]["keywords"] == ["a b"]
     assert {s["package"]: s["version"] for s in emoji.sources} == data.PACKAGES
-    assert emoji.pictures.dtype == np.uint8 and emoji.pictures.shape == (6, 64, 64, 4) and emoji.size == 64
+    assert emoji.pictures.dtype == np.uint8 and emoji.pictures.shape == (7, 64, 64, 4) and emoji.size == 64
 
 
 def test_the_right_icon_in_the_right_channels(emoji):
     middle = emoji.pictures[:, 32, 32].tolist()
     assert middle[index(emoji, "fluent", "red circle")] == [255, 0, 0, 255]
     assert middle[index(emoji, "fluent", "pinata")] == [0x80, 0x40, 0x20, 255]
+    assert middle[index(emoji, "flat", "red circle")] == [255, 255, 0x88, 255]
     assert middle[index(emoji, "noto", "red circle")] == [0xCC, 0, 0, 255]
     assert middle[index(emoji, "noto", "right arrow")] == [0, 0, 255, 255]
     arrow = emoji.pictures[index(emoji, "fluent", "right arrow")]  # an alias, mirrored
@@ -198,7 +206,7 @@ def test_two_names_alike_are_one_entry(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "EMOJI", EMOJI + [{**EMOJI[0], "label": "Red: circle", "order": 9}])
     write_packages(tmp_path)
     entries, svgs = data.collect(tmp_path / "node_modules")
-    assert len(entries) == len(svgs) == 6
+    assert len(entries) == len(svgs) == 7
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path, monkeypatch):
@@ -215,7 +223,7 @@ def test_an_empty_folder_is_filled(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "install", write_packages)
     (tmp_path / "set").mkdir()
     data.build(tmp_path / "set", 16)
-    assert len(EmojiSet(tmp_path / "set")) == 6
+    assert len(EmojiSet(tmp_path / "set")) == 7
 
 
 @pytest.mark.parametrize("body", ["", '<path d="M0 0h1v1H0z"/>', "<path"])

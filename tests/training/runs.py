@@ -116,20 +116,20 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run_stages(rank, port, stages):
+def run_stages(rank, port, stages, sharded=False):
     """Some stages' runs, one after the other, as one of two processes; `stages` are stage -> options."""
     join_two(rank, port)
+    if sharded:
+        shard()
     for stage, options in stages.items():
         w.train(stage, **options)
     torch.distributed.destroy_process_group()
 
 
-def run_sharded(folder, rank, port, steps):
-    """The toy's run as one of two processes that share its weights, on the CPU, where accelerate shards nothing by
-    itself."""
+def shard():
+    """From now on runs share their weights, on the CPU too, where accelerate shards nothing by itself."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    join_two(rank, port)
     made = run._accelerator
 
     def sharding(plan, task):
@@ -140,6 +140,12 @@ def run_sharded(folder, rank, port, steps):
         return accelerator
 
     run._accelerator = sharding
+
+
+def run_sharded(folder, rank, port, steps):
+    """The toy's run as one of two processes that share its weights."""
+    join_two(rank, port)
+    shard()
     task = Toy(plain=True)
     run.train(task, Plan(**{**PLAN, "steps": steps}), folder, toy_batches(batch=2))
     assert all(hasattr(parameter, "full_tensor") for parameter in task.parameters())

@@ -22,9 +22,11 @@ def add_train_command(train) -> None:
     mini.add_argument("data", type=Path, help="the data set, from `wuerstchen data emoji`")
     mini.add_argument("work", type=Path, help="folder for checkpoints and the finished weights")
     mini.add_argument(
-        "--only", metavar="NETWORK", help="stage_a, semantic_compressor, text_encoder, stage_b, stage_c or previewer"
+        "--only",
+        metavar="RUN",
+        help="stage_a, semantic_compressor, linear_preview, text_encoder, stage_c, stage_b or distill",
     )
-    mini.add_argument("--steps", type=int, metavar="N", help="instead of the recipe's")
+    mini.add_argument("--steps", type=int, metavar="N", help="of every run, instead of its own")
 
 
 def add_evaluate_commands(evaluate) -> None:

@@ -6,6 +6,7 @@ from .emoji import Description
 
 SIZE_WORDS = {"tiny": ("tiny", "very small"), "small": ("small", "little"), "big": ("big", "large", "huge")}
 COLOUR_WORDS = {"gray": ("gray", "grey"), "navy": ("navy", "navy blue")}
+FRAMES = ("a photo of", "photo of", "a picture of", "an image of", "a drawing of", "an icon of")
 AMBIGUOUS = {word for spellings in SIZE_WORDS.values() for word in spellings}
 
 
@@ -35,16 +36,20 @@ def caption(description: Description, generator: random.Random) -> str:
         if size:
             tail.append(f", {size}")
     else:
-        subject = d.name
+        subject = d.name if generator.random() < 0.95 else plural(d.name)
+        frame = ""
         if style and generator.random() < 0.2:
-            subjects = f"{d.style} emoji of {with_article(d.name)}", f"{d.style} {d.name}"
+            subjects = f"{d.style} emoji of {with_article(subject)}", f"{d.style} {subject}"
             subject, style = generator.choice(subjects), None
+        elif generator.random() < 0.1:
+            frame = f"{generator.choice(FRAMES)} "
         if size and generator.random() < 0.75:
             subject = f"{size} {subject}"
         elif size:
             tail.append(f", {size}")
         if generator.random() < 0.4:
             subject = with_article(subject)
+        subject = frame + subject
         if 0.15 <= chance < 0.25 and keywords:
             tail.append(f", {generator.choice(keywords)}")
 
@@ -72,3 +77,14 @@ def with_article(words: str) -> str:
         return words
     vowel = words.startswith((*"aeiou", "hour")) and not words.startswith(("uni", "ewe", "euro", "one"))
     return f"{'an' if vowel else 'a'} {words}"
+
+
+def plural(name: str) -> str:
+    """The name of several, by the regular endings; unchanged if it looks like a plural or does not end in a word."""
+    if not name[-1:].isalpha() or name.endswith("s") and not name.endswith(("ss", "us")):
+        return name
+    if name.endswith(("s", "x", "z", "ch", "sh")):
+        return f"{name}es"
+    if name.endswith("y") and name[-2:-1] not in tuple("aeiou"):
+        return f"{name[:-1]}ies"
+    return f"{name}s"

@@ -1,7 +1,7 @@
 """The data set that the embedded model is trained on: emoji drawn from vector files, with names and keywords.
 
-The pictures are Microsoft's Fluent Emoji (MIT) and Google's Noto Emoji (Apache-2.0) as packed by Iconify, the words
-are emojibase's (MIT), which are those of Unicode's CLDR. All three come from npm.
+The pictures are Microsoft's Fluent Emoji in two styles, shaded and flat (MIT), and Google's Noto Emoji (Apache-2.0), as
+packed by Iconify; the words are emojibase's (MIT), which are those of Unicode's CLDR. All of them come from npm.
 """
 
 import io
@@ -15,7 +15,7 @@ import tempfile
 import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +29,16 @@ from ..util.errors import WuerstchenError
 PACKAGES = {
     "@iconify-json/fluent-emoji": "1.2.7",
     "@iconify-json/noto": "1.2.9",
+    "@iconify-json/fluent-emoji-flat": "1.2.6",
     "emojibase-data": "17.0.0",
 }
-STYLES = {"fluent": "@iconify-json/fluent-emoji", "noto": "@iconify-json/noto"}
+STYLES = {
+    "fluent": "@iconify-json/fluent-emoji",
+    "noto": "@iconify-json/noto",
+    "flat": "@iconify-json/fluent-emoji-flat",
+}
 
-# Fluent's icons whose names are not the slugs of today's CLDR names.
+# Icons of Fluent, shaded and flat, whose names are not the slugs of today's CLDR names.
 FLUENT_ICONS = {
     "black bird": "blackbird",
     "deaf man": "man-deaf",
@@ -174,15 +179,18 @@ class EmojiSet:
         description, arrangement = self.arrange(i, generator)
         return self.compose(i, **arrangement), description
 
-    def arrange(self, i: int, generator: random.Random) -> tuple[Description, dict]:
-        """What a random picture of emoji `i` shows, and the arguments of `compose` for it; every other one is plain.
+    def describe(self, i: int) -> Description:
+        """What the plain picture of emoji `i` shows."""
+        entry = self.entries[i]
+        return Description(entry["name"], tuple(entry["keywords"]), entry["style"])
+
+    def arrange(self, i: int, generator: random.Random, plain: float = 0.5) -> tuple[Description, dict]:
+        """What a random picture of emoji `i` shows, and the arguments of `compose` for it; a share `plain` is plain.
 
         The others have a coloured background, another size or both; the smaller ones may have another place.
         """
-        entry = self.entries[i]
-        words = entry["name"], tuple(entry["keywords"]), entry["style"]
-        if generator.random() < 0.5:
-            return Description(*words), {}
+        if generator.random() < plain:
+            return self.describe(i), {}
 
         coloured, resized = False, False
         while not (coloured or resized):
@@ -203,7 +211,7 @@ class EmojiSet:
             shares = [p + generator.uniform(-PLACE_JITTER, PLACE_JITTER) for p in PLACES[place]]
             centre = tuple(scale / 2 + min(max(s, 0.0), 1.0) * (1 - scale) for s in shares)
         arrangement = {"background": colour, "scale": scale, "centre": centre}
-        return Description(*words, background, size, place), arrangement
+        return replace(self.describe(i), background=background, size=size, place=place), arrangement
 
 
 def build(folder: str | Path, size: int = 256, progress: Callable[[int, int], None] | None = None) -> None:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -17,11 +18,12 @@ from ..pipeline import Sampling, Wuerstchen
 from ..reports.evaluation.distances import psnr
 from ..util.errors import WuerstchenError
 from .captions import keyword_caption, plain_caption, with_article
-from .emoji import COLOURS, EmojiSet
+from .emoji import COLOURS, PLACES, SIZES, EmojiSet
 
 BATCH = 10
 SIDE = 64  # pixels a side in which a picture is compared with the data set's
 EDGE = 8  # pixels from the side that are background, in a picture with an emoji of the plain size
+PLACEABLE = ("tiny", "small")  # sizes that have a place
 KEYWORDS = 2  # that an emoji must have to be prompted by its keywords
 
 
@@ -33,7 +35,9 @@ def evaluate(model: Wuerstchen, emoji: EmojiSet, count: int, sampling: Sampling 
     prompted emoji is the nearest by the cosine similarity of 64x64 pixels, or as near as the nearest: a few emoji of a
     style have the same picture. The same is measured with all keywords in place of the name, for emoji that
     have at least two. With a colour in the prompt, "<name>, <style> style, on a <colour> background", a picture counts
-    when the median of its outermost pixels is nearer to that colour than to all others and to white.
+    when the median of its outermost pixels is nearer to that colour than to all others and to white. With a size and a
+    place too, "<size> <name>, <style> style, on a <colour> background, <place>", it counts when the prompted emoji is
+    the nearest of its style, all drawn in that size, place and colour.
     """
     if not 1 <= count <= len(emoji):
         raise WuerstchenError(f"count is {count}: it must be from 1 to {len(emoji)}, the emoji of the data set")
@@ -74,6 +78,25 @@ def _figures(model: Wuerstchen, emoji: EmojiSet, count: int, sampling: Sampling)
     seen = [_background(image) for image in _draw(model, coloured, emoji.size, "backgrounds", sampling)]
     hits = [there == asked for there, asked in zip(seen, colours, strict=True)]
     yield f"background: {sum(hits) / count:.1%} of {count} pictures are on the colour that was asked for"
+
+    prompted = generator.sample(range(len(emoji)), count)
+    asked = [(generator.choice(PLACEABLE), generator.choice(list(PLACES)), generator.choice(list(COLOURS)))
+             for _ in prompted]  # fmt: skip
+    captions = [_placed_caption(emoji, i, *how) for i, how in zip(prompted, asked, strict=True)]
+    small = Thumbnails(emoji)
+    hits = [
+        small.is_nearest(image, i, *how)
+        for image, i, how in zip(
+            _draw(model, captions, emoji.size, "sizes and places", sampling), prompted, asked, strict=True
+        )
+    ]
+    yield f"name, background, size and place: top-1 {sum(hits) / count:.1%} of {count} prompts"
+
+
+def _placed_caption(emoji: EmojiSet, i: int, size: str, place: str, colour: str) -> str:
+    entry = emoji.entries[i]
+    subject = plain_caption(f"{size} {entry['name']}", entry["style"])
+    return f"{subject}, on {with_article(colour)} background, {place}"
 
 
 def _batches(pictures: list[Tensor], name: str) -> Iterator[Tensor]:
@@ -117,6 +140,34 @@ def is_nearest(image: Tensor, i: int, emoji: EmojiSet, references: Tensor) -> bo
     likeness = references @ thumbnail(rearrange(image, "h w c -> c h w"))
     rivals = torch.tensor([entry["style"] == emoji.entries[i]["style"] for entry in emoji.entries])
     return bool(likeness[i] >= likeness[rivals].max())
+
+
+class Thumbnails:
+    """All emoji at SIDE pixels a side, to be drawn anywhere and compared with a picture."""
+
+    def __init__(self, emoji: EmojiSet):
+        self.emoji = emoji
+        pictures = (torch.from_numpy(np.array(one)).permute(2, 0, 1)[None].float() / 255 for one in emoji.pictures)
+        self.pictures = torch.cat([F.interpolate(one, size=(SIDE, SIDE), mode="area") for one in pictures])
+
+    def is_nearest(self, image: Tensor, i: int, size: str, place: str, colour: str) -> bool:
+        """Whether of its style, drawn in this size, place and colour, no emoji is nearer to the image (H, W, 3) than
+        emoji `i`."""
+        rivals = [j for j, entry in enumerate(self.emoji.entries) if entry["style"] == self.emoji.entries[i]["style"]]
+        likeness = self.arranged(rivals, size, place, colour) @ thumbnail(rearrange(image, "h w c -> c h w"))
+        return bool(likeness[rivals.index(i)] >= likeness.max())
+
+    def arranged(self, rows: list[int], size: str, place: str, colour: str) -> Tensor:
+        """The emoji of these numbers as unit vectors (N, 3 * SIDE * SIDE), in the middle of the size's and place's
+        ranges."""
+        scale = sum(SIZES[size]) / 2
+        side = round(scale * SIDE)
+        left, top = (round(share * (SIDE - side)) for share in PLACES[place])
+        small = F.interpolate(self.pictures[rows], size=(side, side), mode="bilinear", antialias=True)
+        pictures = torch.tensor(COLOURS[colour])[:, None, None].expand(len(rows), 3, SIDE, SIDE).clone()
+        pictures[:, :, top : top + side, left : left + side] *= 1 - small[:, 3:]
+        pictures[:, :, top : top + side, left : left + side] += small[:, :3]
+        return F.normalize(pictures.flatten(1), dim=1)
 
 
 def _background(image: Tensor) -> str:

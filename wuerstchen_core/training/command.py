@@ -17,6 +17,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 # Stage -> the module with its `Options` and `build`, and what the help says.
 STAGES = {
+    "text-encoder": ("text_encoder", "a text encoder from scratch: which caption belongs to which semantic latent"),
     "stage-a": ("stage_a", "Stage A, from pictures to latents and back, with an adversarial loss"),
     "stage-b": ("stage_b", "Stage B, from semantic latents to Stage A's, and the semantic compressor with it"),
     "stage-c": ("stage_c", "Stage C, from text to semantic latents"),
@@ -49,8 +50,9 @@ def train(
         w.train("stage-c", config="mini", folder="runs/c", data="pictures", steps=1000, network={"depth": 4})
 
     Args:
-        stage: "stage-a", "stage-b", "stage-c", "previewer", "lora" or "distill".
-        config: a TOML file of options, or "mini" or "v2", which are shipped. Without one, all others are the defaults.
+        stage: "text-encoder", "stage-a", "stage-b", "stage-c", "previewer", "lora" or "distill".
+        config: a TOML file of options, or "mini", "v2", "paper" (then "paper-2", …) or "baseline", which are shipped.
+            Without one, all others are the defaults.
         folder: where the run keeps its checkpoints, weights, samples and logs (as in `config`, if not given).
         data: what it learns from: a folder of pictures with captions, or shards (as in `config`, if not given).
         options: all others by their names, which go before `config`'s. They are the fields of `DataOptions`
@@ -131,7 +133,7 @@ def _train(module, run_options: RunOptions, data, plan, options) -> None:
         if not task.feature_files:
             raise WuerstchenError("cache: with these options no network is frozen, so there is nothing to keep")
         key = f"{type(task).__name__} {task.feature_key} {fingerprint(*task.feature_files)}"
-        cache = FeatureCache(data.cache, key)
+        cache = FeatureCache(data.cache, key, task.features_of_captions)
 
     index = Path(run_options.folder) / "shards"
 
@@ -155,7 +157,11 @@ def _parsed(stage: str, arguments: list[str]) -> dict[str, str]:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", metavar="FILE", help="a TOML file of options; mini and v2 are shipped")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a TOML file of options; mini, v2, paper (then paper-2, …) and baseline are shipped",
+    )
     parser.add_argument(
         "--write-config", metavar="FILE", help="write all options with their help to a TOML file, and do not train"
     )

@@ -225,8 +225,9 @@ class _Assembler:
         """One sample, with its features if it may come from the cache and is there, else with its picture."""
         sample = {"key": source.key(i)}
         if self.cache is not None and isinstance(source, FixedSource):
-            sample["caption"] = source.caption(i)
-            sample["address"] = address(sample["key"], source.stamp(i), size, sample["caption"])
+            sample["caption"] = source.caption(i, random.Random(seed))
+            described = sample["caption"] if self.cache.of_captions else ""
+            sample["address"] = address(sample["key"], source.stamp(i), size, described)
             features = self.cache.find(sample["address"]) if cached else None
             if features is not None:
                 return sample | {"features": features}

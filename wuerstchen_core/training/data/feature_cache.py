@@ -23,12 +23,14 @@ class FeatureCache:
     """A folder with a small safetensors file for each sample, which holds its tensors as they were given.
 
     `fingerprint` chooses a subfolder, so that features of other weights (see the function of that name), or computed in
-    another way, are kept apart. A sample is found by its address, from `address`.
+    another way, are kept apart. A sample is found by its address, from `address`; where features are of pictures alone
+    (`of_captions` is false), whatever the caption.
 
     Raises WuerstchenError if the folder can't be made.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str):
+    def __init__(self, folder: str | Path, fingerprint: str, of_captions: bool = True):
+        self.of_captions = of_captions
         self.folder = Path(folder) / _digest(fingerprint)[:16]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

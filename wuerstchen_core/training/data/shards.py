@@ -91,7 +91,7 @@ class ShardBatch:
         picture = pictures.decode(io.BytesIO(self.samples[i].picture), FORMATS)
         return rearrange(picture, "h w c -> c h w"), self.samples[i].caption
 
-    def caption(self, i: int) -> str:
+    def caption(self, i: int, generator: random.Random | None = None) -> str:
         return self.samples[i].caption
 
     def stamp(self, i: int) -> str:

@@ -41,10 +41,10 @@ class Source(Protocol):
 
 @runtime_checkable
 class FixedSource(Source, Protocol):
-    """A source whose samples are the same each time, so that their features can be cached."""
+    """A source whose pictures are the same each time, so that their features can be cached."""
 
-    def caption(self, i: int) -> str:
-        """The caption that `load` gives."""
+    def caption(self, i: int, generator: random.Random) -> str:
+        """The caption that `load` gives with this generator; it may be one of several."""
 
     def stamp(self, i: int) -> str:
         """Something that changes whenever the picture of sample `i` does, found without decoding it."""
@@ -101,7 +101,7 @@ class FolderSource:
         text = self.caption(i)
         return rearrange(pictures.decode(self._picture(i), FORMATS), "h w c -> c h w"), text
 
-    def caption(self, i: int) -> str:
+    def caption(self, i: int, generator: random.Random | None = None) -> str:
         """The caption, or "" if there is none. Raises OSError or ValueError if it can't be read."""
         return self._captions.find(self.keys[i]) or ""
 

@@ -1,5 +1,6 @@
-"""What is done to the blocks of a task's networks, one by one: gradient checkpointing and compilation."""
+"""What is done to the blocks of a task's networks, one by one: gradient checkpointing, compilation, sharding."""
 
+import warnings
 from functools import partial
 
 from torch import nn
@@ -26,3 +27,25 @@ def compile_blocks(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, BLOCKS):
             module.compile()
+
+
+def shard_blocks(network: nn.Module, plugin) -> None:
+    """Each block in `network` becomes a unit of FSDP2: its weights are whole only while it is at work.
+
+    What is called outside of a block's forward pass gathers the weights as well. `plugin` is accelerate's.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    shard = partial(
+        fully_shard,
+        reshard_after_forward=plugin.reshard_after_forward,
+        offload_policy=plugin.cpu_offload,
+        mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+    )
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # keys and values are views, and not worked on in place
+    for block in [module for module in network.modules() if isinstance(module, BLOCKS)]:
+        if isinstance(block, ResBlock) and block.semantic is not None:
+            shard(block.semantic)
+        shard(block)
+        if isinstance(block, AttnBlock):
+            register_fsdp_forward_method(block, "condition")

@@ -13,7 +13,8 @@ FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch updates all weig
 def optimizer_for(task: Task, plan, device: torch.device) -> tuple[list[str], torch.optim.Optimizer]:
     """The names of what is trained, in the optimizer's order, and the optimizer.
 
-    The weights of Linears and convolutions decay, biases and gains don't, unless `plan.decay_all`.
+    The weights of Linears and convolutions decay, biases and gains don't, unless `plan.decay_all`. Each group has its
+    "rate", the factor of the learning rate that the task gives.
 
     Raises WuerstchenError if the optimizer can't be had here.
     """
@@ -21,21 +22,20 @@ def optimizer_for(task: Task, plan, device: torch.device) -> tuple[list[str], to
     gains = {
         id(gain) for module in task.modules() if isinstance(module, GlobalResponseNorm) for gain in module.parameters()
     }
-    fixed = [
-        name
-        for name, parameter in trained.items()
-        if not plan.decay_all and (parameter.ndim < 2 or id(parameter) in gains)
-    ]
-    decaying = [name for name in trained if name not in set(fixed)]
-    groups = [
-        {"params": [trained[name] for name in names], "weight_decay": decay}
-        for names, decay in ((decaying, plan.weight_decay), (fixed, 0.0))
-        if names
+    groups: dict[tuple[float, float], list[str]] = {}
+    for name, parameter in trained.items():
+        decays = plan.decay_all or (parameter.ndim > 1 and id(parameter) not in gains)
+        groups.setdefault((task.rate(name), plan.weight_decay if decays else 0.0), []).append(name)
+    ordered = sorted(groups.items(), reverse=True)
+    names = [name for _, members in ordered for name in members]
+    parameters = [
+        {"params": [trained[name] for name in members], "rate": rate, "weight_decay": decay}
+        for (rate, decay), members in ordered
     ]
     options = {"lr": plan.learning_rate, "betas": (plan.beta1, plan.beta2)}
     if plan.optimizer == "adamw":
-        return decaying + fixed, torch.optim.AdamW(groups, fused=device.type in FUSED, **options)
-    return decaying + fixed, _eight_bits(device)(groups, **options)
+        return names, torch.optim.AdamW(parameters, fused=device.type in FUSED, **options)
+    return names, _eight_bits(device)(parameters, **options)
 
 
 def _eight_bits(device: torch.device) -> type[torch.optim.Optimizer]:

@@ -24,6 +24,7 @@ class Task(nn.Module):
     frozen: tuple[nn.Module, ...] = ()
     feature_files: tuple[Path, ...] = ()  # of the networks that make `features`; without, there is nothing to cache
     feature_key: str = ""  # what else `features` depend on: a cache keeps those of another key apart
+    features_of_captions: bool = True  # whether `features` depend on captions
     reads_captions: bool = False
     leaves_out: bool = False  # whether there are steps that leave parameters without a gradient
 
@@ -41,6 +42,10 @@ class Task(nn.Module):
         them there is no "image" in the batch.
         """
         return {}
+
+    def rate(self, name: str) -> float:
+        """The factor of the learning rate for the parameter of this name."""
+        return 1.0
 
     def exported(self) -> dict[str, nn.Module]:
         """File name without its ending -> the network to write to it."""

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...checkpoints.archive import open_archive
-from ...checkpoints.load import Network, load_text_encoder
+from ...checkpoints.load import Network, load_semantic_compressor, load_text_encoder
 from ...checkpoints.sets import MINI, SET
 from ...diffusion.schedule import add_noise
 from ...geometry import WORK_STEP, Geometry
 from ...models.latent_space import LatentSpace
-from ...models.semantic_compressor import SemanticCompressor
+from ...models.semantic_compressor import SemanticCompressor, SemanticCompressorConfig
 from ...models.text_encoder import TextEncoder
 from ...util.errors import WuerstchenError, readable
 from ..data.tally import Tally
@@ -85,6 +85,10 @@ class CaptionEncoder:
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Captions -> (B, 77, width)"""
+        return self.encoder.encode_tokens(self.tokens(captions))
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> token ids (B, 77)"""
         tokens, is_cut = caption_tokens(self.encoder, captions)
         if self.cut.add(int(is_cut.sum()), len(captions)):
             log.warning(
@@ -94,7 +98,7 @@ class CaptionEncoder:
                 self.cut.total,
                 self.encoder.config.context_length - 2,
             )
-        return self.encoder.encode_tokens(tokens)
+        return tokens
 
 
 def encode_captions(encoder: TextEncoder, captions: Sequence[str]) -> Tensor:
@@ -160,6 +164,23 @@ def load_backbone(compressor: SemanticCompressor, path: str | Path) -> None:
             f"backbone: {path} is not torchvision's state dict of the EfficientNetV2 that [compressor] describes "
             f"({readable(error, 200)})"
         ) from error
+
+
+def compressor_for(
+    name: str, config: SemanticCompressorConfig, backbone: str, trained: bool
+) -> tuple[SemanticCompressor, list[Path]]:
+    """The semantic compressor that options name, trainable if it is to be `trained`, and the file it stays as if not.
+
+    Without a name it is a new one, which starts from torchvision's weights if `backbone` names them.
+    """
+    if not name:
+        compressor = SemanticCompressor(config)
+        if backbone:
+            load_backbone(compressor, backbone)
+        return compressor, []
+    path = weight_file("semantic_compressor", name, SET["semantic_compressor"])
+    compressor = load_semantic_compressor(path)
+    return (copied(compressor), []) if trained else (compressor, [path])
 
 
 def text_encoder_for(option: str, name: str, width: int, network: str) -> tuple[Path, TextEncoder]:

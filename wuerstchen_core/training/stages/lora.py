@@ -37,6 +37,8 @@ class Options(stage_c.Options):
     alpha: float = option(8.0, "the change is multiplied by alpha / rank")
     targets: tuple[str, ...] = option(TARGETS, "modules of Stage C that it changes, by the ends of their names")
     network: StageCConfig = dataclasses.field(init=False, default=StageCConfig())  # init's own
+    train_text_encoder: bool = dataclasses.field(init=False, default=False)
+    text_encoder_rate: float = dataclasses.field(init=False, default=1.0)
 
     def __post_init__(self):
         super().__post_init__()

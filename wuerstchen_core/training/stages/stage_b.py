@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints.load import load_semantic_compressor, load_stage_a, load_stage_b
+from ...checkpoints.load import load_stage_a, load_stage_b
 from ...checkpoints.sets import SET
 from ...diffusion.options import STAGE_B
 from ...geometry import Geometry
@@ -30,18 +30,18 @@ from .conditioning import (
     CaptionEncoder,
     check_precision,
     check_size,
+    compressor_for,
     compressor_input,
     computed_in,
     copied,
     drop_captions,
     encode_captions,
-    load_backbone,
     spoil,
     text_encoder_for,
     weight_file,
 )
 from .initialise import initialise
-from .losses import diffusion_loss, times_of
+from .losses import check_weight, diffusion_loss, times_of
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,12 @@ class Options:
     zeroed: float = option(0.05, "share of semantic latents replaced by zero, which guidance needs")
     noised: float = option(0.3, "share of semantic latents with added noise, as Stage C's are not perfect either")
     noised_until: float = option(0.5, "latest time of the noise added to them")
+    loss_weight: str = option(
+        "p2", "weight of a noise level in the loss: p2, min-snr or v, the squared error of v (v-prediction)"
+    )
+    min_snr_gamma: float = option(5.0, "for min-snr: weight min(gamma, signal-to-noise ratio) / signal-to-noise ratio")
     p2_k: float = option(
-        1.0, "P2 weight 1 / (k + signal-to-noise ratio): a smaller k gives the noisiest times more weight"
+        1.0, "for p2: weight 1 / (k + signal-to-noise ratio): a smaller k gives the noisiest times more weight"
     )
     high_noise: float = option(
         0.0, "share of the noise levels drawn from the noisiest alone, where the condition decides"
@@ -90,7 +94,8 @@ class Options:
         check_shares(self, "caption_drop", "text_absent", "zeroed", "noised", "noised_until", "high_noise")
         if self.zeroed + self.noised > 1:
             raise WuerstchenError("zeroed and noised are shares of the same latents: together 1 at most")
-        check_above_zero(self, "p2_k")
+        check_above_zero(self, "p2_k", "min_snr_gamma")
+        check_weight(self.loss_weight)
         check_at_least(0, self, "largest_error", "sample_count")
         check_at_least(1, self, "sample_steps")
         check_precision(self.frozen_precision)
@@ -105,7 +110,9 @@ def build(options: Options, data: DataOptions) -> "StageBTask":
         raise WuerstchenError("cache: the pictures are needed themselves while the compressor is trained")
     stage_a_file = weight_file("stage_a", options.stage_a, SET["stage_a"])
     stage_a = load_stage_a(stage_a_file)
-    compressor, compressor_files = _compressor(options)
+    compressor, compressor_files = compressor_for(
+        options.semantic_compressor, options.compressor, options.backbone, options.train_compressor
+    )
     if options.init:
         network = copied(load_stage_b(weight_file("init", options.init, SET["stage_b"])))
     else:
@@ -145,17 +152,6 @@ def build(options: Options, data: DataOptions) -> "StageBTask":
     task = StageBTask(network, compressor, stage_a, encoder, options, data)
     task.feature_files = (stage_a_file, *compressor_files, *text_files)
     return task
-
-
-def _compressor(options: Options) -> tuple[SemanticCompressor, list]:
-    if not options.semantic_compressor:
-        compressor = SemanticCompressor(options.compressor)
-        if options.backbone:
-            load_backbone(compressor, options.backbone)
-        return compressor, []
-    path = weight_file("semantic_compressor", options.semantic_compressor, SET["semantic_compressor"])
-    compressor = load_semantic_compressor(path)
-    return (copied(compressor), []) if options.train_compressor else (compressor, [path])
 
 
 class Readers(NamedTuple):
@@ -227,7 +223,8 @@ class StageBTask(Task):
         latent = found["latent"]
         t, noise = times_of(draws.uniform(), self.options.high_noise), draws.normal(latent.shape[1:])
         largest_error = self.options.largest_error or math.inf
-        return {"noise": diffusion_loss(predict, latent, self.options.p2_k, t, noise, largest_error)}
+        weight = self.options.loss_weight, self.options.min_snr_gamma
+        return {"noise": diffusion_loss(predict, latent, self.options.p2_k, t, noise, largest_error, *weight)}
 
     def semantic(self, batch: dict, draws: Draws) -> Tensor:
         found = batch["features"]

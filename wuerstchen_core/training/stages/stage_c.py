@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from .conditioning import (
     weight_file,
 )
 from .initialise import initialise
-from .losses import diffusion_loss, times_of
+from .losses import check_weight, diffusion_loss, times_of
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,19 @@ class Options:
     frozen_precision: str = option(
         "float32", "precision in which the frozen networks compute features: float32, bfloat16 or float16"
     )
+    train_text_encoder: bool = option(False, "train the text encoder too; otherwise it is frozen")
+    text_encoder_rate: float = option(0.1, "its learning rate, as a factor of Stage C's")
     init: str = option("", "a Stage C to start from, in any layout; [network] is then taken from it")
     caption_drop: float = option(0.05, "share of captions replaced by the empty caption, which guidance needs")
     noise_levels: int = option(
         1, "noise levels at which each picture of a batch is learned; they share its text's keys"
     )
+    loss_weight: str = option(
+        "p2", "weight of a noise level in the loss: p2, min-snr or v, the squared error of v (v-prediction)"
+    )
+    min_snr_gamma: float = option(5.0, "for min-snr: weight min(gamma, signal-to-noise ratio) / signal-to-noise ratio")
     p2_k: float = option(
-        1.0, "P2 weight 1 / (k + signal-to-noise ratio): a smaller k gives the noisiest times more weight"
+        1.0, "for p2: weight 1 / (k + signal-to-noise ratio): a smaller k gives the noisiest times more weight"
     )
     high_noise: float = option(
         0.0, "share of the noise levels drawn from the noisiest alone, where the condition decides"
@@ -69,7 +76,8 @@ class Options:
         check_shares(self, "caption_drop", "high_noise")
         if self.noise_levels < 1 or self.sample_steps < 1:
             raise WuerstchenError("noise_levels and sample_steps must be at least 1")
-        check_above_zero(self, "p2_k")
+        check_above_zero(self, "p2_k", "min_snr_gamma", "text_encoder_rate")
+        check_weight(self.loss_weight)
         check_at_least(0, self, "largest_error")
         check_precision(self.frozen_precision)
         check_utf8("prompts", *self.prompts)
@@ -91,8 +99,10 @@ def build(options: Options, data: DataOptions) -> "StageCTask":
     channels = compressor.config.latent_channels, network.config.latent_channels
     if len(set(channels)) > 1:
         raise WuerstchenError(f"semantic_compressor: its latents have {channels[0]} channels, Stage C's {channels[1]}")
-    task = StageCTask(network, encoder, compressor, options, data.size)
-    task.feature_files = (text_file, compressor_file)
+    task = StageCTask(
+        network, copied(encoder) if options.train_text_encoder else encoder, compressor, options, data.size
+    )
+    task.feature_files = (compressor_file,) if options.train_text_encoder else (text_file, compressor_file)
     return task
 
 
@@ -105,13 +115,16 @@ def noise_loss(
     t: Tensor,
     noise: Tensor | None = None,
     largest_error: float = math.inf,
+    weight: str = "p2",
+    gamma: float = 5.0,
 ) -> Tensor:
     """`diffusion_loss` of latent (B, 16, p, q) given text (B, L, text_width), at `levels` noise levels each.
 
     t (B * levels,) and noise (B * levels, 16, p, q) begin with those of the first latent.
     """
     predict = predictor(network, text, levels)
-    return diffusion_loss(predict, latent.repeat_interleave(levels, dim=0), k, t, noise, largest_error)
+    latents = latent.repeat_interleave(levels, dim=0)
+    return diffusion_loss(predict, latents, k, t, noise, largest_error, weight, gamma)
 
 
 def predictor(network: Prior, text: Tensor, levels: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -129,11 +142,20 @@ def predictor(network: Prior, text: Tensor, levels: int) -> Callable[[Tensor, Te
     return predict
 
 
+class Readers(NamedTuple):
+    """The networks that Stage C's training only reads from."""
+
+    encoder: TextEncoder | None
+    compressor: SemanticCompressor
+
+
 class StageCTask(Task):
-    """`network` learns to predict the noise in a picture's semantic latent, given its caption."""
+    """`network` learns to predict the noise in a picture's semantic latent, given its caption.
+
+    The text encoder is frozen or learns with it (`options.train_text_encoder`).
+    """
 
     reads_captions = True
-    frozen: tuple[TextEncoder, SemanticCompressor]
     sampler = STAGE_C.sampler  # of the samples
 
     def __init__(
@@ -142,32 +164,49 @@ class StageCTask(Task):
         super().__init__()
         self.network = network
         self.options, self.size = options, size
-        self.frozen = (encoder, compressor)
-        self.feature_key = f"{options.frozen_precision}, {encoder.config.context_length} tokens"
+        self.encoder = encoder if options.train_text_encoder else None
+        self.readers = Readers(None if options.train_text_encoder else encoder, compressor)
+        self.frozen = tuple(reader for reader in self.readers if reader is not None)
+        self.feature_key = options.frozen_precision
+        self.features_of_captions = not options.train_text_encoder
         self.read_captions = CaptionEncoder(encoder)
-        with torch.no_grad():
-            self.nothing = (encode_captions(encoder, [""]),)
+        self.nothing: tuple[Tensor, ...] = ()
+        if not options.train_text_encoder:
+            self.feature_key += f", {encoder.config.context_length} tokens"
+            with torch.no_grad():
+                self.nothing = (encode_captions(encoder, [""]),)
         self.drawers: dict = {}
 
     def features(self, batch: dict) -> dict[str, Tensor]:
         image = batch["image"]
         with computed_in(self.options.frozen_precision, image.device):
-            return {
-                "semantic": semantic(self.frozen[1], image),
-                "text": self.read_captions(batch["caption"]),
-            }
+            found = {"semantic": semantic(self.readers.compressor, image)}
+            if self.readers.encoder is not None:
+                found["text"] = self.read_captions(batch["caption"])
+        return found
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         options, levels = self.options, self.options.noise_levels
-        latent, text = batch["features"]["semantic"], batch["features"]["text"]
-        text = drop_captions(text, self.nothing[0], options.caption_drop, draws.uniform())
+        latent, dropped = batch["features"]["semantic"], draws.uniform()
+        if self.encoder is None:
+            text = drop_captions(batch["features"]["text"], self.nothing[0], options.caption_drop, dropped)
+        else:
+            drop = (dropped < options.caption_drop).tolist()
+            kept = ["" if empty else caption for empty, caption in zip(drop, batch["caption"], strict=True)]
+            text = self.encoder.encode_tokens(self.read_captions.tokens(kept))
         t = times_of(draws.uniform(levels), options.high_noise).flatten()
         noise = draws.normal((levels, *latent.shape[1:])).flatten(0, 1)
         largest_error = options.largest_error or math.inf
-        return {"noise": noise_loss(self.network, latent, text, levels, options.p2_k, t, noise, largest_error)}
+        weight = options.loss_weight, options.min_snr_gamma
+        return {"noise": noise_loss(self.network, latent, text, levels, options.p2_k, t, noise, largest_error, *weight)}
+
+    def rate(self, name: str) -> float:
+        return self.options.text_encoder_rate if name.startswith("encoder.") else 1.0
 
     def exported(self) -> dict[str, torch.nn.Module]:
-        return {"stage_c": self.network}
+        if self.encoder is None:
+            return {"stage_c": self.network}
+        return {"stage_c": self.network, "text_encoder": self.encoder}
 
     def samples(self) -> Tensor | None:
         if not self.options.prompts:
@@ -191,7 +230,8 @@ class StageCTask(Task):
 
     def _model(self) -> Wuerstchen:
         """The network with all others around it; those that only samples need are loaded for the first samples."""
-        encoder, compressor = self.frozen
+        compressor, encoder = self.readers.compressor, self.encoder or self.readers.encoder
+        assert encoder is not None  # it is trained or frozen
         device = self.network.projection.weight.device
         if not self.drawers:
             options = self.options
