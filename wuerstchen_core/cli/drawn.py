@@ -193,6 +193,7 @@ def _sweep(options: argparse.Namespace) -> None:
         warm_up,
         write_csv,
     )
+    from ..reports.evaluation.figures import least_pictures
 
     _check(options, ".csv", ".png")
     measured = (options.real, options.inception, options.clip, options.pickscore, options.emoji)
