@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from ...models.blocks import AttnBlock, ResBlock
 from ...models.previewer import ConvBlock
 from ...models.stage_a import MixingBlock
+from ...models.text_encoder import TextEncoder
 
 # None has a BatchNorm, whose statistics would see each batch twice.
 BLOCKS = (ResBlock, AttnBlock, MixingBlock, ConvBlock)
@@ -17,3 +18,5 @@ def checkpoint_blocks(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, BLOCKS):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+        elif isinstance(module, TextEncoder):
+            module.tower.set_grad_checkpointing(True)
