@@ -10,8 +10,8 @@ class WuerstchenLoadModel(io.ComfyNode):
             "load checkpoint, checkpoint loader, mini",
             node_id="WuerstchenLoadModel",
             display_name="Würstchen Load Model",
-            description="Loads a whole set of Würstchen networks: the mini, or a folder in models/wuerstchen. The "
-            "published weights are single files; use the loader of each network for them.",
+            description="Loads a whole set of Würstchen networks: the mini, or a folder or a bundle in "
+            "models/wuerstchen. The published weights are single files; use the loader of each network for them.",
             inputs=[
                 io.Combo.Input(
                     "model",
@@ -19,8 +19,8 @@ class WuerstchenLoadModel(io.ComfyNode):
                     default="mini",
                     tooltip="mini comes with the node pack: emoji at 256 x 256. The others are the folders in "
                     "models/wuerstchen that hold stage_a, stage_b, stage_c, text_encoder and semantic_compressor, all "
-                    ".safetensors (text_encoder_b and previewer are optional). ComfyUI's log names the files that a "
-                    "folder lacks.",
+                    ".safetensors (text_encoder_b and previewer are optional), and the bundles there: one file with "
+                    "all of them, as wuerstchen convert --bundle writes it. ComfyUI's log names what a set lacks.",
                 ),
                 sockets.weight_dtype_input(),
             ],

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import wuerstchen_core as w
-from wuerstchen_core.checkpoints.sets import SET
-from wuerstchen_core.training.stages.lora import TARGETS
+from wuerstchen_core.checkpoints.sets import DISTILLED, SET
+from wuerstchen_core.training.stages.lora import TARGETS, add_lora, save_lora
 
 ATTENTION = list(TARGETS)
 EVERYTHING = [*TARGETS, "kv_mapper.1", "mapper", "channelwise.0", "channelwise.4", "cond_mapper.0", "cond_mapper.2",
@@ -97,3 +98,15 @@ def style(tmp_path, monkeypatch):
     tensors = {name: tensor for half in halves for name, tensor in half.items()}
     save_file(tensors, "style.safetensors", {"lora_adapter_metadata": json.dumps({"prior.lora_alpha": 3})})
     return w.load_lora("style.safetensors")
+
+
+def distilled_set(tiny_folder, folder):
+    """The tiny set with a LoRA for each stage, which changes it visibly: Stage C draws in 3 steps, Stage B in 2."""
+    shutil.copytree(tiny_folder, folder)
+    for stage, steps in (("stage_c", 3), ("stage_b", 2)):
+        network = getattr(w, f"load_{stage}")(folder / SET[stage])
+        torch.manual_seed(0)
+        for parameter in add_lora(network, 2, 2.0, None):
+            torch.nn.init.normal_(parameter, std=0.2)
+        save_lora(network, folder / DISTILLED[stage], sampling={"steps": steps, "cfg": 1.0, "sampler": "lcm"})
+    return folder

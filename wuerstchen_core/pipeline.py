@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -290,6 +290,24 @@ class Sampling(NamedTuple):
     stage_b: SamplingOptions
     distilled: Mapping[str, LoRA]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `Wuerstchen.generate` is given to draw like this, each by its name; `sampler_b` where it is another."""
+        settings = {
+            "steps_c": self.stage_c.steps,
+            "cfg_c": self.stage_c.cfg,
+            "steps_b": self.stage_b.steps,
+            "cfg_b": self.stage_b.cfg,
+            "sampler": self.stage_c.sampler,
+            "schedule": self.stage_c.schedule,
+            "schedule_b": self.stage_b.schedule,
+            "cfg_interval": self.stage_c.cfg_interval,
+            "cfg_rescale": self.stage_c.cfg_rescale,
+            "distilled": bool(self.distilled),
+        }
+        other = {"sampler_b": self.stage_b.sampler} if self.stage_b.sampler != self.stage_c.sampler else {}
+        return settings | other
+
 
 @dataclass
 class Wuerstchen:
@@ -333,7 +351,7 @@ class Wuerstchen:
         offload: bool | None = False,
     ) -> "Wuerstchen":
         """One file per network, all in `dtype`; by default in float32, but for Stage C and Stage B, which are in the
-        device's `fast_dtype`.
+        device's `fast_dtype`. Text encoders are in float32 in the place of bfloat16, which is too coarse for them.
 
         With `offload` only the network at work is on the device; None is where the device cannot hold all of them.
 
@@ -347,12 +365,13 @@ class Wuerstchen:
             )
         device = target if offload is False else torch.device("cpu")
         fast, dtype = dtype or fast_dtype(target), dtype or torch.float32
-        encoder_c = load_text_encoder(text_encoder_c, device, dtype)
+        exact = torch.float32 if dtype == torch.bfloat16 else dtype
+        encoder_c = load_text_encoder(text_encoder_c, device, exact)
         encoder_b: TextEncoder | None = encoder_c
         if text_encoder_b is None:
             encoder_b = None
         elif Path(text_encoder_b) != Path(text_encoder_c):
-            encoder_b = load_text_encoder(text_encoder_b, device, dtype)
+            encoder_b = load_text_encoder(text_encoder_b, device, exact)
         model = cls(
             stage_a=load_stage_a(stage_a, device, dtype),
             stage_b=load_stage_b(stage_b, device, fast),
@@ -380,13 +399,20 @@ class Wuerstchen:
         )
 
     @classmethod
+    def from_file(
+        cls, path: str | Path, device="cpu", dtype: torch.dtype | None = None, offload: bool | None = False
+    ) -> "Wuerstchen":
+        """A bundle: the whole set, and its distilled networks if it has any, in one file."""
+        return cls.from_folder(path, device, dtype, offload)
+
+    @classmethod
     def mini(cls, device="cpu", dtype: torch.dtype | None = None) -> "Wuerstchen":
         """The model in the repository: emoji at 256x256."""
         return cls.from_folder(MINI, device, dtype)
 
     @property
     def defaults(self) -> Defaults:
-        """The size and the guidance that suit this set."""
+        """The size, the guidance and the few steps that suit this set."""
         return defaults_of(self.stage_c.config)
 
     def compile(self) -> "Wuerstchen":
@@ -551,7 +577,8 @@ class Wuerstchen:
         loras = self.distilled if distilled else {}
         few = {stage: _few_steps(lora) for stage, lora in loras.items()}
         stage_c = few.get("stage_c", replace(STAGE_C, cfg=self.defaults.cfg))
-        return Sampling(_options("c", stage_c, given_c), _options("b", few.get("stage_b", STAGE_B), given_b), loras)
+        stage_b = few.get("stage_b", self.defaults.few_steps_b if few else STAGE_B)
+        return Sampling(_options("c", stage_c, given_c), _options("b", stage_b, given_b), loras)
 
     @contextmanager
     def drawn_with(self, sampling: Sampling) -> Iterator[None]:

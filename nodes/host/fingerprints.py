@@ -28,5 +28,5 @@ def of_set(name: str) -> tuple:
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
-    status = os.stat(path)
+    status = os.stat(path if path.exists() else path.parent)  # a bundle, in which it is
     return str(path), status.st_mtime_ns, status.st_size

@@ -8,6 +8,7 @@ from pathlib import Path
 import folder_paths
 
 from ...wuerstchen_core import WuerstchenError
+from ...wuerstchen_core.checkpoints.archive import INDEX, SHARD, members, open_archive
 from ...wuerstchen_core.checkpoints.published import PUBLISHED
 from ...wuerstchen_core.checkpoints.sets import MINI, SET, distilled_name, find_distilled, find_set
 
@@ -27,36 +28,36 @@ folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / F
 
 
 def model_sets() -> dict[str, Path]:
-    """Name -> folder of every whole set of weights: the mini, and the subfolders of ComfyUI's models/wuerstchen.
+    """Name -> folder or bundle of every whole set of weights: the mini, and those in ComfyUI's models/wuerstchen.
 
     An incomplete one is left out, and the log says once what it lacks.
     """
     sets = {"mini": MINI}
-    for folder in _subfolders():
+    for place in (*_subfolders(), *_bundles()):
         try:
-            find_set(folder)
+            find_set(place)
         except (WuerstchenError, OSError) as error:
-            if any(_passes((folder / name).exists) for name in SET.values()):
+            if place.is_file() or any(_passes((place / name).exists) for name in SET.values()):
                 warn_once(f"Würstchen: {error}")
             continue
-        sets.setdefault(folder.name, folder)
+        sets.setdefault(place.name, place)
     return sets
 
 
 def model_set(name: str) -> Path:
-    """The folder of a set by its name, and by nothing else.
+    """The folder or bundle of a set by its name, and by nothing else.
 
     Raises WuerstchenError if there is none of that name, or if it is incomplete, naming the files that are missing.
     """
     sets = model_sets()
     if name in sets:
         return sets[name]
-    for folder in _subfolders():
-        if folder.name == name:
+    for place in (*_subfolders(), *_bundles()):
+        if place.name == name:
             try:
-                find_set(folder)
+                find_set(place)
             except OSError as error:
-                raise WuerstchenError(f"{folder}: can't be read ({error.strerror})") from error
+                raise WuerstchenError(f"{place}: can't be read ({error.strerror})") from error
     raise WuerstchenError(f"{name}: there is no whole set of that name in models/{FOLDER}; take {' or '.join(sets)}")
 
 
@@ -144,11 +145,32 @@ def _slashes(name: str) -> str:
 
 
 def _subfolders() -> list[Path]:
+    return [path for path in _entries() if _passes(path.is_dir)]
+
+
+def _bundles() -> list[Path]:
+    """The files that are bundles, or the index of one in several parts."""
+    return [path for path in _entries() if _may_be_bundle(path) and _is_bundle(path)]
+
+
+def _may_be_bundle(path: Path) -> bool:
+    whole = path.suffix == ".safetensors" and not SHARD.fullmatch(path.name)
+    return (whole or bool(INDEX.fullmatch(path.name))) and _passes(path.is_file)
+
+
+def _is_bundle(path: Path) -> bool:
+    try:
+        return bool(members(open_archive(path)))
+    except (WuerstchenError, OSError):
+        return False
+
+
+def _entries() -> list[Path]:
     """Of all places of models/wuerstchen that can be read."""
-    found = []
+    found: list[Path] = []
     for root in folder_paths.get_folder_paths(FOLDER):
         try:
-            found += sorted(path for path in Path(root).iterdir() if _passes(path.is_dir))
+            found += sorted(Path(root).iterdir())
         except OSError:
             continue
     return found

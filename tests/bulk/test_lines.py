@@ -8,18 +8,17 @@ import pytest
 
 from wuerstchen_core.bulk.lines import BadLine, Line, Prompts
 from wuerstchen_core.bulk.plan import Share, batches, blocks
-from wuerstchen_core.cli.generate import DEFAULTS
 from wuerstchen_core.util.errors import WuerstchenError
 
-WHOLE = {**DEFAULTS, "width": 256, "height": 256, "cfg_c": 2.0, "seed": 5}
-del WHOLE["batch_size"]
+ASKED = {"width": 256, "height": 256, "seed": 5}
 
 
-def read(path, loras=()):
-    return list(Prompts(str(path), WHOLE, loras))
+@pytest.fixture
+def read(tiny):
+    return lambda path, asked=ASKED, loras=(), model=tiny: list(Prompts(str(path), asked, model.sampling, loras))
 
 
-def test_the_same_lines_in_every_format(tmp_path, monkeypatch):
+def test_the_same_lines_in_every_format(read, tmp_path, monkeypatch):
     """Expected values are written out; blank lines count for nothing, and the seed follows from the line's index."""
     (tmp_path / "p.txt").write_bytes("\ufeffein Würstchen\r\n\n  a cat, (red:1.2)\n".encode())
     rows = [{"prompt": "ein Würstchen"}, {"prompt": "a cat, (red:1.2)"}]
@@ -34,11 +33,11 @@ def test_the_same_lines_in_every_format(tmp_path, monkeypatch):
             assert found == expected, path
 
 
-def test_every_field_reaches_its_setting(tmp_path):
+def test_every_field_reaches_its_setting(read, tmp_path):
     row = {
         "prompt": "p", "negative": "n", "id": "a-1", "lora": "x.safetensors:0.5", "seed": -3, "seed_b": 9, "width": 264,
         "height": 512, "steps_c": 3, "cfg_c": 1.5, "steps_b": 2, "cfg_b": 1.25, "sampler": "ddim", "schedule": "uneven",
-        "schedule_b": "even", "cfg_interval": [0.2, 0.8], "cfg_rescale": 0.5,
+        "sampler_b": "lcm", "schedule_b": "even", "cfg_interval": [0.2, 0.8], "cfg_rescale": 0.5, "distilled": False,
     }  # fmt: skip
     (tmp_path / "p.jsonl").write_text(json.dumps(row))
     table = {**row, "cfg_interval": "0.2 0.8"}
@@ -64,6 +63,8 @@ def test_every_field_reaches_its_setting(tmp_path):
         ('{"prompt": "x", "steps_c": 0}', "steps_c is 0"),
         ('{"prompt": "x", "cfg_b": NaN}', "cfg_b is nan"),
         ('{"prompt": "x", "sampler": "lms"}', "unknown sampler"),
+        ('{"prompt": "x", "distilled": "yes"}', "distilled is 'yes'"),
+        ('{"prompt": "x", "distilled": true}', "has no distilled networks"),
         ('{"prompt": "x", "id": "../x"}', "id is '../x'"),
         ('{"prompt": "x", "id": "a.b"}', "id is 'a.b'"),
         ('{"prompt": "x", "id": ""}', "id is ''"),
@@ -74,7 +75,7 @@ def test_every_field_reaches_its_setting(tmp_path):
         (b'{"prompt": "\xff"}', "prompt is not UTF-8"),
     ],
 )
-def test_a_bad_line_stops_no_other(tmp_path, line, why):
+def test_a_bad_line_stops_no_other(read, tmp_path, line, why):
     line = line if isinstance(line, bytes) else line.encode()
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": "a", "id": "first"}\n' + line + b'\n{"prompt": "b"}\n')
@@ -83,19 +84,19 @@ def test_a_bad_line_stops_no_other(tmp_path, line, why):
     assert (first.name, last.name, last.settings["seed"]) == ("first", "000002", 7)
 
 
-def test_bad_rows_of_a_table(tmp_path):
+def test_bad_rows_of_a_table(read, tmp_path):
     (tmp_path / "p.csv").write_text('prompt,width\na,256\nb,wide\nc,256,7\n"d"x,256\ne,256\n')
     kinds = [type(line) for line in read(tmp_path / "p.csv")]
     assert kinds == [Line, BadLine, BadLine, BadLine, Line]
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path):
+def test_a_file_of_another_kind_is_refused(read, tmp_path):
     (tmp_path / "p.doc").write_text("a cat")
     with pytest.raises(WuerstchenError, match=r"p.doc: prompts are read from .txt, .jsonl or .csv"):
         read(tmp_path / "p.doc")
 
 
-def test_batches_have_one_size_and_follow_from_the_file_alone(tmp_path):
+def test_batches_have_one_size_and_follow_from_the_file_alone(read, tmp_path):
     """Every line is in exactly one batch of its block, with lines of its size only."""
     rows = [{"prompt": str(i), "width": 256 + 64 * (i % 3 == 0)} for i in range(25)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -1,10 +1,11 @@
 """A step of ComfyUI's KSampler beside one of the core's sampler, on the same network.
 
-    COMFYUI_DIR=... python -m tests.comfyui.benchmark [--side PIXELS] [--steps N] [--runs N] [--depth N]
+    COMFYUI_DIR=... python -m tests.comfyui.benchmark [--side PIXELS] [--steps N] [--runs N] [--depth N] [--only STAGE]
 
 The networks have the released sizes and random weights; --depth takes fewer of their blocks. Both sides run in turn in
-one process; what is printed is the median time of a step after the first, in which the text is read, and the ratio of
-the two: of the time that passed, and of that which the process computed, which other processes disturb less.
+one process; what is printed is the median time of a step after the first, in which the text is read, and the median of
+the ratios of runs that followed each other: of the time that passed, and of that which the process computed, which
+other processes disturb less. --only measures one of the two networks.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from itertools import pairwise
 import torch
 
 Run = Callable[[Callable[[], None]], None]  # samples, and calls what it is given after every step
+Seconds = tuple[float, float]  # that passed, and that the process computed
+Pair = tuple[Seconds, Seconds]  # KSampler's, and the core's
 
 
 def main() -> None:
@@ -28,6 +31,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="steps of a run (default: 5)")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="runs of each side (default: 3)")
     parser.add_argument("--depth", type=int, metavar="N", help="blocks of Stage C, and most of a level of Stage B")
+    parser.add_argument("--only", choices=("stage_c", "stage_b"), help="measure only this network")
     options = parser.parse_args()
     if "COMFYUI_DIR" not in os.environ:
         parser.error("set COMFYUI_DIR to ComfyUI's folder")
@@ -35,20 +39,19 @@ def main() -> None:
     sys.path.insert(0, os.environ["COMFYUI_DIR"])
     importlib.import_module("comfy.options").enable_args_parsing()
     models = pack_module("nodes.host.models")
-    for kind, sides in (("stage_c", stage_c), ("stage_b", stage_b)):
+    for kind, sides in {"stage_c": stage_c, "stage_b": stage_b}.items():
+        if options.only not in (None, kind):
+            continue
         models.load_network = random_network(options.depth)  # in the place of one from a file
         model = models.load_diffusion(kind, None)
-        times: dict[str, list[tuple[float, float]]] = {"KSampler": [], "core": []}
+        pairs: list[Pair] = []
         for _ in range(options.runs):
-            for name, run in zip(times, sides(model, options.side, options.steps), strict=True):
-                times[name] += step_times(run)
-        (host, host_computed), (core, core_computed) = (
-            [statistics.median(seconds) for seconds in zip(*steps, strict=True)] for steps in times.values()
-        )
+            host_run, core_run = sides(model, options.side, options.steps)
+            pairs.append((median_step(host_run), median_step(core_run)))
+        (host, core), (passed, computed) = medians(pairs), ratios(pairs)
         depth = "" if options.depth is None else f", depth {options.depth}"
         print(f"{kind}{depth}, {options.side}x{options.side}: KSampler {host:.3f} s, core {core:.3f} s a step, ratio "
-              f"{host / core:.3f}; computing {host_computed:.3f} s and {core_computed:.3f} s, ratio "
-              f"{host_computed / core_computed:.3f}", flush=True)  # fmt: skip
+              f"{passed:.3f}, of the time computed {computed:.3f}", flush=True)  # fmt: skip
 
 
 def pack_module(name: str):
@@ -124,11 +127,25 @@ def ksampler(model, latent, positive, negative, steps: int, cfg: float) -> Run:
     return run
 
 
-def step_times(run: Run) -> list[tuple[float, float]]:
-    """Seconds between the ends of a run's steps: those that passed, and those that the process computed."""
-    ends: list[tuple[float, float]] = []
+def median_step(run: Run) -> Seconds:
+    """Seconds of a run's median step after the first: those that passed, and those that the process computed."""
+    ends: list[Seconds] = []
     run(lambda: ends.append((time.perf_counter(), time.process_time())))
-    return [(later[0] - one[0], later[1] - one[1]) for one, later in pairwise(ends)]
+    steps = [(later[0] - one[0], later[1] - one[1]) for one, later in pairwise(ends)]
+    passed, computed = (statistics.median(seconds) for seconds in zip(*steps, strict=True))
+    return passed, computed
+
+
+def medians(pairs: list[Pair]) -> tuple[float, float]:
+    """Seconds of a step that passed: of KSampler and of the core."""
+    host, core = (statistics.median(side[0] for side in sides) for sides in zip(*pairs, strict=True))
+    return host, core
+
+
+def ratios(pairs: list[Pair]) -> tuple[float, float]:
+    """KSampler's seconds over the core's in the median pair of runs: of those that passed and those computed."""
+    passed, computed = (statistics.median(host[clock] / core[clock] for host, core in pairs) for clock in (0, 1))
+    return passed, computed
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import torch
 
 import wuerstchen_core as w
 from wuerstchen_core.checkpoints.sets import MINI, SET
+from wuerstchen_core.diffusion.options import SamplingOptions
 from wuerstchen_core.models.defaults import Defaults, defaults_of
 from wuerstchen_core.models.semantic_compressor import SemanticCompressorConfig
 from wuerstchen_core.models.stage_c import StageCConfig
@@ -19,13 +20,15 @@ from wuerstchen_core.models.stage_c import StageCConfig
     ],
 )
 def test_released_networks_draw_1024_pixels_a_side(config):
-    assert defaults_of(config) == Defaults(side=1024, cfg=4.0)
+    few = SamplingOptions(steps=5, cfg=1.0, sampler="dpmpp_2m_sde", schedule="uneven")
+    assert defaults_of(config) == Defaults(side=1024, cfg=4.0, few_steps_b=few)
 
 
 def test_the_minis_networks_draw_256():
     stage_c = w.load_stage_c(MINI / SET["stage_c"])
     compressor = w.load_semantic_compressor(MINI / SET["semantic_compressor"])
-    assert {defaults_of(network.config) for network in (stage_c, compressor)} == {Defaults(side=256, cfg=2.0)}
+    few = SamplingOptions(steps=3, cfg=1.0, sampler="lcm", schedule="even")
+    assert {defaults_of(network.config) for network in (stage_c, compressor)} == {Defaults(256, 2.0, few_steps_b=few)}
 
 
 def test_generate_takes_the_sets_own_size_and_guidance(tiny, monkeypatch):

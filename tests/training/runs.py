@@ -48,8 +48,8 @@ class Toy(Task):
 def toy_batches(batch=4, end=None):
     """Pictures of four numbers that follow from the sample's number."""
 
-    def opened(first, rank, world):
-        micro = first
+    def opened(seen, rank, world):
+        micro = sum(count for count, _ in seen)
         while micro != end:
             numbers = torch.arange(batch) + (micro * world + rank) * batch
             yield {"image": torch.sin(numbers[:, None] * torch.tensor([1.0, 2.0, 3.0, 4.0])), "key": [""] * batch}
@@ -116,20 +116,20 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run_stages(rank, port, stages):
+def run_stages(rank, port, stages, sharded=False):
     """Some stages' runs, one after the other, as one of two processes; `stages` are stage -> options."""
     join_two(rank, port)
+    if sharded:
+        shard()
     for stage, options in stages.items():
         w.train(stage, **options)
     torch.distributed.destroy_process_group()
 
 
-def run_sharded(folder, rank, port, steps):
-    """The toy's run as one of two processes that share its weights, on the CPU, where accelerate shards nothing by
-    itself."""
+def shard():
+    """From now on runs share their weights, on the CPU too, where accelerate shards nothing by itself."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    join_two(rank, port)
     made = run._accelerator
 
     def sharding(plan, task):
@@ -140,6 +140,12 @@ def run_sharded(folder, rank, port, steps):
         return accelerator
 
     run._accelerator = sharding
+
+
+def run_sharded(folder, rank, port, steps):
+    """The toy's run as one of two processes that share its weights."""
+    join_two(rank, port)
+    shard()
     task = Toy(plain=True)
     run.train(task, Plan(**{**PLAN, "steps": steps}), folder, toy_batches(batch=2))
     assert all(hasattr(parameter, "full_tensor") for parameter in task.parameters())
@@ -179,11 +185,11 @@ def process(target, *arguments):
 
 
 def logged(folder):
-    """tag -> step -> all values that tensorboard's logs have for it, in the order of writing."""
+    """tag -> step -> all values that tensorboard's logs have for it, in the order of writing; without the speed."""
     values = defaultdict(lambda: defaultdict(list))
     for path in sorted((Path(folder) / "logs").iterdir(), key=lambda path: path.stat().st_mtime_ns):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if not value.metadata.plugin_data.plugin_name == "images":
+                if value.metadata.plugin_data.plugin_name != "images" and not value.tag.startswith("speed/"):
                     values[value.tag][event.step].append(tensor_util.make_ndarray(value.tensor).item())
     return {tag: dict(steps) for tag, steps in values.items()}

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..diffusion.options import MAX_CFG, MAX_SEED, MIN_SEED, STAGE_B, SamplingOptions
-from ..diffusion.schedule import MAX_STEPS
+from ..diffusion.options import MAX_SEED, MIN_SEED, SamplingOptions
 from ..geometry import Geometry
-from ..util.checks import real_number, shown, text, whole_number
+from ..pipeline import Sampling
+from ..util.checks import shown, text, whole_number
 from ..util.errors import WuerstchenError, first_line
 
 LONGEST_NAME = 100  # bytes of an id in UTF-8
@@ -23,13 +23,21 @@ def _floats(value: str) -> tuple[float, ...]:
     return tuple(map(float, value.split()))
 
 
+def _boolean(value: str) -> bool | str:
+    return {"true": True, "false": False}.get(value.lower(), value)
+
+
 # Field -> what turns a table's text into its value. The names are those that `Wuerstchen.generate` has.
 FIELDS: dict[str, Callable[[str], Any]] = {
     "prompt": str, "negative": str, "id": str, "lora": str, "seed": int, "seed_b": int, "width": int, "height": int,
-    "steps_c": int, "cfg_c": float, "steps_b": int, "cfg_b": float, "sampler": str, "schedule": str,
-    "schedule_b": str, "cfg_interval": _floats, "cfg_rescale": float,
+    "steps_c": int, "cfg_c": float, "steps_b": int, "cfg_b": float, "sampler": str, "sampler_b": str, "schedule": str,
+    "schedule_b": str, "cfg_interval": _floats, "cfg_rescale": float, "distilled": _boolean,
 }  # fmt: skip
-SETTINGS = (*(FIELDS.keys() - {"negative", "id", "lora"}), "negative_prompt", "tile")  # of a line
+# What `Wuerstchen.sampling` decides by, where it is given.
+SAMPLING = ("steps_c", "cfg_c", "steps_b", "cfg_b", "sampler", "sampler_b", "schedule", "schedule_b", "cfg_interval",
+            "cfg_rescale", "negative_prompt", "distilled")  # fmt: skip
+# What all lines can have of the command line.
+SETTINGS = ("negative_prompt", *(name for name in FIELDS if name not in ("prompt", "negative", "id", "lora")), "tile")
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,15 @@ class BadLine:
 class Prompts:
     """The lines of a file in their order, good and bad.
 
-    What a line does not say is as in `defaults` (by the names of `Wuerstchen.generate`), with the line's index from 0
-    added to the seeds. Lines without a character are left out and not counted.
+    What a line does not say is as in `asked` (by the names of `Wuerstchen.generate`; width, height and seed at least),
+    with the line's index from 0 added to the seeds. What neither says of sampling is by the set's own defaults:
+    `sampling` is its `Wuerstchen.sampling`, and with a LoRA its networks are not the distilled ones, as in `generate`.
+    Lines without a character are left out and not counted.
     """
 
     path: str
-    defaults: Mapping[str, Any]
+    asked: Mapping[str, Any]
+    sampling: Callable[..., Sampling]
     loras: tuple[str, ...] = ()
     _names: set[str] = field(default_factory=set, init=False)
 
@@ -91,7 +102,7 @@ class Prompts:
             raise WuerstchenError(f"unknown field {shown(unknown[0])}: take some of {', '.join(FIELDS)}")
         if "prompt" not in row:
             raise WuerstchenError("there is no prompt")
-        settings = {**self.defaults, "seed": self.defaults["seed"] + index}
+        settings = {**self.asked, "seed": self.asked["seed"] + index}
         if "seed_b" in settings:
             settings["seed_b"] += index
         loras, name = row.pop("lora", self.loras), row.pop("id", f"{index:06}")
@@ -99,19 +110,18 @@ class Prompts:
             settings["negative_prompt"] = row.pop("negative")
         settings |= row
         for key in ("prompt", "negative_prompt"):
-            _check_letters(key, text(key, settings[key]))
+            _check_letters(key, text(key, settings.get(key, "")))
         loras = (loras,) if isinstance(loras, str) else loras
         if not isinstance(loras, (list, tuple)):
             raise WuerstchenError(f"lora is {shown(loras)}: it must be FILE or FILE:STRENGTH, or a list of them")
         for lora in loras:
             _check_letters("lora", text("lora", lora))
-        if isinstance(settings["cfg_interval"], list):
-            settings["cfg_interval"] = tuple(settings["cfg_interval"])
+        settings = completed(settings, self.sampling, bool(loras))
         for key in ("seed", "seed_b"):
             if key in settings:
                 whole_number(key, settings[key], MIN_SEED, MAX_SEED)
         line = Line(index, number, self._name(name), settings, tuple(loras))
-        _ = line.geometry, stage_c_options(settings), stage_b_options(settings)
+        _ = line.geometry
         self._names.add(line.name.casefold())
         return line
 
@@ -126,23 +136,29 @@ class Prompts:
         return name
 
 
+def completed(asked: Mapping[str, Any], sampling: Callable[..., Sampling], with_lora: bool) -> dict[str, Any]:
+    """Settings in which everything is said that decides how the stages sample.
+
+    Raises WuerstchenError as `Wuerstchen.generate` does.
+    """
+    chosen = {name: asked[name] for name in SAMPLING if name in asked}
+    if with_lora:
+        chosen.setdefault("distilled", False)
+    if not isinstance(chosen.get("distilled", False), bool):
+        raise WuerstchenError(f"distilled is {shown(chosen['distilled'])}: it must be true or false")
+    return {"negative_prompt": "", **asked, **sampling(**chosen).settings}
+
+
 def stage_c_options(settings: Mapping[str, Any]) -> SamplingOptions:
     """How Stage C samples. Raises WuerstchenError as `Wuerstchen.generate` does."""
     names = ("sampler", "schedule", "cfg_interval", "cfg_rescale")
-    return SamplingOptions(**_steps("c", settings), **{name: settings[name] for name in names})
+    return SamplingOptions(settings["steps_c"], settings["cfg_c"], **{name: settings[name] for name in names})
 
 
 def stage_b_options(settings: Mapping[str, Any]) -> SamplingOptions:
     """How Stage B samples. Raises WuerstchenError as `Wuerstchen.generate` does."""
-    how = {"sampler": settings["sampler"], "schedule": settings["schedule_b"], "denoise": STAGE_B.denoise}
-    return SamplingOptions(**_steps("b", settings), **how)
-
-
-def _steps(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "steps": whole_number(f"steps_{stage}", settings[f"steps_{stage}"], 1, MAX_STEPS),
-        "cfg": real_number(f"cfg_{stage}", settings[f"cfg_{stage}"], -MAX_CFG, MAX_CFG),
-    }
+    sampler = settings.get("sampler_b", settings["sampler"])
+    return SamplingOptions(settings["steps_b"], settings["cfg_b"], sampler, settings["schedule_b"])
 
 
 def _check_letters(name: str, value: str) -> None:

@@ -153,7 +153,8 @@ def _read(path: Path, changes: dict[str, Any]) -> Line:
         with safe_open(path, "pt") as file:
             told = json.loads(file.metadata()[KEY])
         index, loras = told.pop("index"), tuple(told.pop("loras", ()))
-        settings = {name: value for name, value in told.items() if name in SETTINGS} | changes
+        settings = {name: value for name, value in told.items() if name in ("prompt", *SETTINGS)} | changes
+        settings["distilled"] = "distilled" in told
         settings["cfg_interval"] = tuple(settings["cfg_interval"])
         return Line(index, index + 1, path.stem, settings, loras, path)
     except Exception as error:  # of a damaged file safetensors raises its own

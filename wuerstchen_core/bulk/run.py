@@ -29,8 +29,13 @@ Work = tuple[list[Line], Tensor]
 T = TypeVar("T")
 
 
-def _by_loras(several: Iterable[T], loras: Callable[[T], tuple[str, ...]]) -> list[tuple[tuple[str, ...], list[T]]]:
-    return [(key, list(alike)) for key, alike in groupby(several, key=loras)]
+def _by_loras(several: Iterable[T], line: Callable[[T], Line]) -> list[list[T]]:
+    """Neighbours whose lines are drawn by the same networks."""
+
+    def loras(one: T) -> tuple:
+        return line(one).loras, line(one).settings["distilled"]
+
+    return [list(alike) for _, alike in groupby(several, key=loras)]
 
 
 @dataclass
@@ -142,8 +147,8 @@ class Run:
             self._write_latents(semantic, folder)
             return
         latents: list[Work] = []
-        for loras, works in _by_loras(semantic, lambda work: work[0][0].loras):
-            with self._at_work("Stage B", loras, [lines for lines, _ in works]) as ready:
+        for works in _by_loras(semantic, lambda work: work[0][0]):
+            with self._at_work("Stage B", [lines for lines, _ in works]) as ready:
                 for lines, latent in works if ready else ():
                     latents += self._each(lines, painter.stage_b, latent)
         with painter.at_work(model.stage_a):
@@ -160,19 +165,22 @@ class Run:
             for batch in round_:
                 yield from self._each(batch, painter.load)
             return
-        for loras, several in _by_loras(round_, lambda batch: batch[0].loras):
-            with self._at_work("Stage C", loras, several) as ready:
+        for several in _by_loras(round_, lambda batch: batch[0]):
+            with self._at_work("Stage C", several) as ready:
                 for batch in several if ready else ():
                     yield from self._each(batch, painter.stage_c)
 
     @contextmanager
-    def _at_work(self, stage: str, loras: tuple[str, ...], several: list[list[Line]]) -> Iterator[bool]:
-        """The stage's network with its LoRAs on the device; False if one cannot be used, which is told of all lines."""
-        model = self.painter.model
+    def _at_work(self, stage: str, several: list[list[Line]]) -> Iterator[bool]:
+        """The stage's network with its LoRAs, the first line's, on the device; False if one cannot be used, which is
+        told of all lines."""
+        model, first = self.painter.model, several[0][0]
         network = model.stage_c if stage == "Stage C" else model.stage_b
         with ExitStack() as stack:
             try:
-                loaded = [one for one in map(self._lora, loras) if one[0].stage == stage]
+                loaded = [one for one in map(self._lora, first.loras) if one[0].stage == stage]
+                if first.settings["distilled"]:
+                    loaded += [(lora, 1.0) for lora in model.distilled.values() if lora.stage == stage]
                 stack.enter_context(apply_loras(network, loaded))
                 stack.enter_context(self.painter.at_work(network))
             except (WuerstchenError, OSError) as error:

@@ -3,7 +3,7 @@
 import re
 import stat
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,10 @@ from .stored import RegularFile, Stored, check_name, file_status, is_there, json
 
 MOST_TENSORS = 100_000
 LARGEST_INDEX = 32 << 20  # bytes
+
+# In the metadata of a bundle, several files in one: name -> metadata of each, as JSON. The names of a file's tensors
+# begin with its own and a dot.
+BUNDLE_KEY = "wuerstchen_bundle"
 
 # What diffusers, transformers and, for a LoRA, peft call the weights in a folder of theirs.
 FOLDER_NAMES = (
@@ -93,11 +97,14 @@ def odd(tensor: Tensor) -> str | None:
 
 def open_archive(path: str | Path) -> Archive:
     """Opens safetensors and PyTorch files, told apart by their content, and folders of diffusers and transformers; of
-    safetensors in several parts also the index or one of the parts.
+    safetensors in several parts also the index or one of the parts; `BUNDLE/NAME` is a file in a bundle.
 
     No code in a file is run. Raises WuerstchenError for what is missing, cut short or no file of weights.
     """
-    path = _inside(Path(path))
+    path = Path(path)
+    if not is_there(path) and is_there(path.parent) and not stat.S_ISDIR(file_status(path.parent).st_mode):
+        return _member(open_archive(path.parent), path.name)
+    path = _inside(path)
     if INDEX.fullmatch(path.name):
         return _open_sharded(path)
     shard = SHARD.fullmatch(path.name)
@@ -107,6 +114,34 @@ def open_archive(path: str | Path) -> Archive:
             raise WuerstchenError(f"{path}: one part of several (sharded); {index.name}, which lists them, is missing")
         return _open_sharded(index)
     return _open_file(path)
+
+
+def members(archive: Archive) -> dict[str, dict[str, str]]:
+    """Name -> metadata of the files in a bundle; empty for any other file. Raises WuerstchenError for a damaged one."""
+    if BUNDLE_KEY not in archive.metadata:
+        return {}
+    where = f"{archive.path}: {BUNDLE_KEY!r} in its metadata"
+    found = json_object(where, archive.metadata[BUNDLE_KEY])
+    for metadata in found.values():
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise WuerstchenError(f"{where} is not as we write it")
+    return found
+
+
+def _member(bundle: Archive, name: str) -> Archive:
+    held, prefix = members(bundle), f"{name}."
+    if name not in held:
+        what = f"a bundle of {', '.join(held)}" if held else "a file, and no bundle"
+        raise WuerstchenError(f"{bundle.path}: there is no {name} in it: it is {what}")
+    archive = replace(
+        bundle,
+        path=bundle.path / name,
+        tensors={key[len(prefix) :]: tensor for key, tensor in bundle.tensors.items() if key.startswith(prefix)},
+        stored={key[len(prefix) :]: stored for key, stored in bundle.stored.items() if key.startswith(prefix)},
+        metadata=held[name],
+    )
+    _check_names(archive)
+    return archive
 
 
 def _open_file(path: Path) -> Archive:
@@ -159,7 +194,7 @@ def _open_sharded(index: Path) -> Archive:
     stored: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
     for name, count in Counter(places.values()).items():
-        if Path(name).name != name or "\\" in name or name == "..":
+        if not name or Path(name).name != name or "\\" in name or name == "..":
             raise WuerstchenError(f"{index}: it lists {name}, which is not beside it")
         part = _open_file(index.with_name(name))
         if part.format != "safetensors":

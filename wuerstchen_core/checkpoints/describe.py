@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..util.errors import one_line
-from .archive import open_archive
+from .archive import Archive, members, open_archive
 from .layouts import foreign
 from .load import empty, parts, shapes
 from .lora import describe_lora, is_lora
@@ -13,7 +13,7 @@ from .mapping import sources
 
 
 def describe(path: str | Path) -> Iterator[str]:
-    """What a file holds, one line per fact.
+    """What a file holds, one line per fact; of a bundle that of each file in it.
 
     Its format, then of every network its loader, configuration, size and dtype; of a LoRA its modules and ranks, the
     width of the Stage C that it is for, and what is left out of it.
@@ -26,11 +26,22 @@ def describe(path: str | Path) -> Iterator[str]:
 def _facts(path: str | Path) -> Iterator[str]:
     archive = open_archive(path)
     head = f"{archive.path}: {archive.format}, {archive.size / 1e6:,.1f} MB"
+    bundled = members(archive)
+    if not bundled:
+        facts = list(_facts_within(archive))
+        yield from (head, *facts)
+        return
+    yield f"{head}, a bundle of {', '.join(bundled)}"
+    for name in bundled:
+        yield f"{name}:"
+        yield from (f"  {fact}" for fact in _facts_within(open_archive(archive.path / name)))
+
+
+def _facts_within(archive: Archive) -> Iterator[str]:
     if is_lora(archive):
-        yield from (head, *describe_lora(archive))
+        yield from describe_lora(archive)
         return
     found = parts(archive)
-    yield head
     beside = foreign(archive, tuple(part.prefix for part in found.values()))
     if beside:
         yield f"beside the following: {beside}"

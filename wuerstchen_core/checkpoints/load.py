@@ -23,7 +23,7 @@ from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from ..util.atomic import replacing
 from ..util.errors import WuerstchenError, first_line
 from ..util.finite import is_finite
-from .archive import Archive, open_archive
+from .archive import Archive, members, open_archive
 from .layouts import Part, foreign, part_at, places
 from .mapping import Source, sources
 from .safetensors_file import save_file
@@ -76,7 +76,11 @@ def header_tensor(network: nn.Module) -> torch.Tensor:
 
 def _header(network: nn.Module) -> str:
     kind = next(kind for kind, (cls, _) in NETWORKS.items() if isinstance(network, cls))
-    config: Any = network.config
+    return header(kind, network.config)
+
+
+def header(kind: str, config: Any) -> str:
+    """A network's kind and configuration, as our files' metadata have them."""
     return json.dumps({"network": kind, "config": dataclasses.asdict(config)})
 
 
@@ -179,7 +183,7 @@ def _read(archive: Archive, found: Mapping[str, Source | None], device, dtype) -
                 held[theirs] = archive.read(theirs)
             left[theirs] -= 1
             given.append(held[theirs] if left[theirs] else held.pop(theirs))
-        yield name, _place(archive, name, source.of(given) if source else torch.tensor(0), device, dtype)
+        yield name, placed(archive, name, source.of(given) if source else torch.tensor(0), device, dtype)
 
 
 def _part(archive: Archive, kind: str) -> Part:
@@ -230,9 +234,15 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
 
 
 def _own_parts(archive: Archive) -> dict[str, Part]:
-    """Kind -> network that is in our layout: by the file's metadata, or by tensors as `header_tensor` makes them."""
+    """Kind -> network that is in our layout: by the file's metadata, or by tensors as `header_tensor` makes them.
+
+    Of a bundle those of its files.
+    """
     if METADATA_KEY in archive.metadata:
         headers = {"": archive.metadata[METADATA_KEY]}
+    elif bundled := members(archive):  # of two text encoders the first, Stage C's
+        own = {f"{name}.": metadata for name, metadata in bundled.items() if METADATA_KEY in metadata}
+        headers = {prefix: own[prefix][METADATA_KEY] for prefix in reversed(own)}
     else:
         headers = {
             name.removesuffix(METADATA_KEY): bytes(archive.read(name).tolist()).decode(errors="replace")
@@ -261,18 +271,19 @@ def _own_part(archive: Archive, text: str, prefix: str) -> Part:
     return Part(kind, "ours", prefix, config)
 
 
-def _place(archive: Archive, name: str, tensor: torch.Tensor, device, dtype: torch.dtype | None) -> torch.Tensor:
+def placed(archive: Archive, name: str, tensor: torch.Tensor, device, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor of a file, floats in `dtype`. Raises WuerstchenError where a value is not finite."""
     if not tensor.is_floating_point():
         return tensor.to(device)
     try:
-        placed = tensor.to(device, dtype)
+        result = tensor.to(device, dtype)
     except RuntimeError as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):  # a host makes room and tries again
             raise
         raise WuerstchenError(f"{archive.path}: {name} could not be put into memory: {first_line(error)}") from error
-    if not is_finite(placed):
+    if not is_finite(result):
         if is_finite(tensor):
             half = str(dtype).removeprefix("torch.")
             raise WuerstchenError(f"{archive.path}: {name} is too large for {half}; load it as bfloat16 or float32")
         raise WuerstchenError(f"{archive.path}: damaged weights, {name} is not finite (NaN or infinity)")
-    return placed
+    return result

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -78,8 +78,16 @@ def _sizes(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
-def save_file(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Writes tensors, contiguous and on the CPU, to `path`, one after another; the umask decides who may read it."""
+def save_file(
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    metadata: Mapping[str, str],
+    read: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Writes tensors, contiguous and on the CPU, to `path`, one after another; the umask decides who may read it.
+
+    With `read` they are outlines, and `read(name)` gives the values when their turn comes.
+    """
     header: dict[str, object] = {METADATA: dict(metadata)}
     end = 0
     by_alignment = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
@@ -90,6 +98,7 @@ def save_file(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in by_alignment:
+        for name, tensor in by_alignment:
             if tensor.numel():
-                file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+                values = tensor if read is None else read(name)
+                file.write(values.view(-1).view(torch.uint8).numpy().data)

@@ -1,10 +1,11 @@
-"""A whole set of weights: the files of a folder, by the names that the pipeline has for them."""
+"""A whole set of weights: the files of a folder, or of a bundle, by the names that the pipeline has for them."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..util.errors import WuerstchenError
-from .archive import open_archive
+from .archive import members, open_archive
 from .load import parts
 from .stored import is_there
 
@@ -34,18 +35,17 @@ def distilled_name(model: str, stage: str) -> str:
 
 
 def find_set(folder: str | Path, given: Mapping[str, Path] | None = None) -> dict[str, Path]:
-    """The files of a folder that holds a whole set, those of `given` in the place of its own.
+    """The files of a folder, or of a bundle, that holds a whole set, those of `given` in the place of its own.
 
     There is no "previewer" where the folder has none. Where it has no text encoder for Stage B, that is Stage C's if
     its states have the width that Stage B reads, and else there is no "text_encoder_b".
 
     Raises WuerstchenError naming those that are missing, or where the folder cannot be searched.
     """
-    paths = {role: Path(folder) / name for role, name in SET.items()}
-    missing = [path.name for role, path in paths.items() if role not in OPTIONAL and not is_there(path)]
+    paths = _files(Path(folder), SET)
+    missing = [name for role, name in SET.items() if role not in OPTIONAL and role not in paths]
     if missing:
         raise WuerstchenError(f"{folder}: not a whole set of weights, {', '.join(missing)} missing")
-    paths = {role: path for role, path in paths.items() if role not in OPTIONAL or is_there(path)}
     paths |= given or {}
     if "text_encoder_b" not in paths and _fits_stage_b(paths["text_encoder_c"], paths["stage_b"]):
         paths["text_encoder_b"] = paths["text_encoder_c"]
@@ -53,9 +53,28 @@ def find_set(folder: str | Path, given: Mapping[str, Path] | None = None) -> dic
 
 
 def find_distilled(folder: str | Path) -> dict[str, Path]:
-    """Stage -> file of the LoRAs in `DISTILLED` that a folder has: both, one or none."""
-    paths = {stage: Path(folder) / name for stage, name in DISTILLED.items()}
-    return {stage: path for stage, path in paths.items() if is_there(path)}
+    """Stage -> file of the LoRAs in `DISTILLED` that a folder or a bundle has: both, one or none."""
+    return _files(Path(folder), DISTILLED)
+
+
+def files_to_bundle(folder: str | Path) -> dict[str, Path]:
+    """Name in a bundle -> file, of a whole set and its distilled networks. Raises WuerstchenError as `find_set`."""
+    find_set(folder)
+    names = SET | {f"{stage} distilled": name for stage, name in DISTILLED.items()}
+    return {Path(names[role]).stem: path for role, path in _files(Path(folder), names).items()}
+
+
+def _files(model: Path, names: Mapping[str, str]) -> dict[str, Path]:
+    """Those of some files that a folder or a bundle has."""
+    if not os.path.isfile(model):
+        return {role: model / name for role, name in names.items() if is_there(model / name)}
+    held = members(open_archive(model))
+    if not held:
+        raise WuerstchenError(
+            f"{model}: one file, and no bundle of a whole set: name a folder with the set, or a bundle, as "
+            "`wuerstchen convert --bundle` writes it"
+        )
+    return {role: model / stem for role, name in names.items() if (stem := Path(name).stem) in held}
 
 
 def _fits_stage_b(text_encoder: Path, stage_b: Path) -> bool:

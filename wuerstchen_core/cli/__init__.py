@@ -5,7 +5,7 @@ import io
 import sys
 
 from ..util.errors import WuerstchenError, one_line
-from . import evaluate, generate, measure, mini, train, weights
+from . import drawn, evaluate, generate, measure, mini, train, weights
 from .common import Parser
 
 
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation = commands.add_parser("evaluate", help="measure models").add_subparsers(metavar="WHAT", required=True)
     mini.add_evaluate_commands(evaluation)
     evaluate.add_commands(evaluation)
+    drawn.add_commands(evaluation)
     weights.add_commands(commands)
     measure.add_commands(commands)
     return parser

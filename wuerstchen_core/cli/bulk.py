@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,16 +48,17 @@ def is_asked_for(options: argparse.Namespace) -> bool:
     return False
 
 
-def generate_many(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+def generate_many(options: argparse.Namespace) -> None:
     """Raises WuerstchenError at the end, if a picture could not be drawn."""
     from tqdm import tqdm
 
     from ..bulk.draw import Painter
-    from ..bulk.lines import Line, Prompts, stage_b_options, stage_c_options
+    from ..bulk.lines import SETTINGS, Line, Prompts, completed
     from ..bulk.output import Errors, Folder, Shards, read_latents
     from ..bulk.plan import BLOCK, Share
     from ..bulk.run import Run
     from ..checkpoints.lora import load_lora
+    from ..diffusion.options import STAGE_C
     from ..geometry import Geometry
     from ..pipeline import MAX_BATCH
     from ..util.checks import whole_number
@@ -74,18 +74,16 @@ def generate_many(options: argparse.Namespace, defaults: Mapping[str, Any]) -> N
     if options.prompts not in (None, "-") and not Path(options.prompts).is_file():
         raise WuerstchenError(f"{options.prompts}: there is no such file")
     model = load_model(options, options.offload)
-    settings = {name: getattr(options, name) for name in (*defaults, "seed_b", "tile")}
-    given = {name: value for name, value in settings.items() if value is not None and name != "batch_size"}
-    own = {"width": model.defaults.side, "height": model.defaults.side, "cfg_c": model.defaults.cfg}
+    given = {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
     lines: Any
     if options.prompts is not None:
-        whole = {name: value for name, value in {**defaults, **own, **given}.items() if name != "batch_size"}
-        check_text("--negative", whole["negative_prompt"])
+        asked = {"width": model.defaults.side, "height": model.defaults.side, "seed": STAGE_C.seed, **given}
+        check_text("--negative", asked.get("negative_prompt", ""))
         for lora in options.loras or ():
             loaded = load_lora(read_lora(lora)[0])
             loaded.check(model.stage_c if loaded.stage == "Stage C" else model.stage_b)
-        _ = Geometry(whole["width"], whole["height"]), stage_c_options(whole), stage_b_options(whole)
-        lines = Prompts(options.prompts, whole, tuple(options.loras or ()))
+        _ = Geometry(asked["width"], asked["height"]), completed(asked, model.sampling, bool(options.loras))
+        lines = Prompts(options.prompts, asked, model.sampling, tuple(options.loras or ()))
         if options.prompts == "-":
             lines = list(lines)
     else:
@@ -104,6 +102,8 @@ def generate_many(options: argparse.Namespace, defaults: Mapping[str, Any]) -> N
 
     def record(line: Line, loras_of_stage_b: frozenset[str]) -> tuple[dict[str, Any], Any]:
         told = {**line.settings, "batch_size": 1, **about}
+        if told.pop("distilled"):
+            told["distilled"] = list(model.distilled)
         if line.loras:
             loras = map(read_lora, line.loras)
             told["loras"] = [f"{path.name}:{shown_strength(strength)}" for path, strength in loras]
@@ -120,9 +120,7 @@ def generate_many(options: argparse.Namespace, defaults: Mapping[str, Any]) -> N
 
 def _check(options: argparse.Namespace) -> None:
     """Raises WuerstchenError if an option has no meaning here."""
-    single = {"-o": options.output, "--image": options.image, "--denoise": options.denoise}
-    single |= {"--sampler-b": options.sampler_b, "--distilled": options.distilled or None}
-    for name, value in single.items():
+    for name, value in {"-o": options.output, "--image": options.image, "--denoise": options.denoise}.items():
         if value is not None:
             raise WuerstchenError(f"{name} is for a single picture: leave it out")
     if options.prompt is not None:
@@ -141,7 +139,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.prompts is not None or options.until is not None:
         raise WuerstchenError("--from finishes what --prompts and --until stage-c began: leave these out")
     decided = ("negative_prompt", "width", "height", "seed", "steps_c", "cfg_c", "sampler", "schedule", "cfg_interval")
-    for name in (*decided, "cfg_rescale", "loras"):
+    for name in (*decided, "cfg_rescale", "distilled", "loras"):
         if getattr(options, name) is not None:
             option = {"negative_prompt": "negative", "loras": "lora"}.get(name, name.replace("_", "-"))
             raise WuerstchenError(f"--{option} has been decided in the latents of --from: leave it out")

@@ -1,12 +1,16 @@
 """`wuerstchen evaluate`: figures of pictures from anywhere."""
 
 import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..util.checks import whole_number
 from ..util.errors import WuerstchenError, one_line
 from ..util.json_file import write_json
 from .common import check_device, check_file, command
+
+CLIP = "ViT-L-14"  # open_clip's name
 
 
 def add_commands(evaluate) -> None:
@@ -18,9 +22,7 @@ def add_commands(evaluate) -> None:
     pictures.add_argument(
         "--clip", type=Path, metavar="FILE", help="weights for the CLIP score, as open_clip reads them"
     )
-    pictures.add_argument(
-        "--clip-model", default="ViT-L-14", metavar="NAME", help="open_clip's name of it (default: ViT-L-14)"
-    )
+    pictures.add_argument("--clip-model", metavar="NAME", help="open_clip's name of it (default: ViT-L-14)")
     pictures.add_argument("--pickscore", type=Path, metavar="FOLDER", help="PickScore_v1, in transformers' layout")
     _add_reading(pictures)
     _add_output(pictures)
@@ -70,6 +72,9 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="pictures at a time (default: 32)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures of each set")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="keep what the networks make of pictures there, and go on from it"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: cpu)")
 
 
@@ -81,6 +86,8 @@ def _check(options: argparse.Namespace) -> None:
     whole_number("--batch", options.batch, 1, 4096)
     if options.limit is not None:
         whole_number("--limit", options.limit, 1, 10**9)
+    if options.device == "cuda" and "LOCAL_RANK" in os.environ:  # of accelerate's processes, each has its own
+        options.device = f"cuda:{os.environ['LOCAL_RANK']}"
     check_device(options.device)
     _check_output(options)
 
@@ -111,8 +118,28 @@ def _extractor(options: argparse.Namespace):
     return load_compressor_features(options.semantic_compressor, options.device)
 
 
+def _kept(options: argparse.Namespace, features: Sequence[str]):
+    """What --keep names, for the scorers that the options name, those of `features` among them."""
+    from ..checkpoints.sets import MINI, SET
+    from ..reports.evaluation.kept import Kept, hash_of
+
+    if options.keep is None:
+        return None
+    given = vars(options)
+    weights = {}
+    if features:
+        compressor = given.get("semantic_compressor") or MINI / SET["semantic_compressor"]
+        weights = dict.fromkeys(features, hash_of(given.get("inception") or compressor))
+    if given.get("clip") is not None:
+        weights["clip"] = f"{options.clip_model or CLIP} {hash_of(options.clip)}"
+    if given.get("pickscore") is not None:
+        weights["pick"] = hash_of(options.pickscore)
+    return Kept(options.keep, weights)
+
+
 def _pictures(options: argparse.Namespace) -> None:
     from ..reports.evaluation.figures import figures, notes, plot, table
+    from ..reports.evaluation.processes import joined
     from ..reports.evaluation.reading import Scorer, check_captions, check_set, score
     from ..reports.evaluation.text_scores import clip_score, pick_score
 
@@ -120,23 +147,35 @@ def _pictures(options: argparse.Namespace) -> None:
     for data in filter(None, (options.generated, options.real)):
         check_set(data)
     prompts = _prompts(options, options.generated)
-    extractor = _extractor(options)
     if prompts is not None and options.clip is None and options.pickscore is None:
         raise WuerstchenError("--prompts is for the CLIP score and PickScore: add --clip FILE or --pickscore FOLDER")
     if options.real is None and options.clip is None and options.pickscore is None and options.inception is None:
         raise WuerstchenError("nothing to measure: give --real FOLDER, --inception, --clip or --pickscore")
-    scorers: dict[str, Scorer] = {"features": extractor.score}
+    if options.clip is None and options.clip_model is not None:
+        raise WuerstchenError("--clip-model is of the CLIP score: add --clip FILE")
+    if options.real is None and options.semantic_compressor is not None:
+        raise WuerstchenError("--semantic-compressor is for a comparison with --real FOLDER: give both, or neither")
+    extractor = None if options.real is None and options.inception is None else _extractor(options)
+    scorers: dict[str, Scorer] = {}
+    if extractor is not None:
+        scorers["features"] = extractor.score
     if options.clip is not None:
-        scorers["clip"] = clip_score(options.clip, options.clip_model, options.device)
+        scorers["clip"] = clip_score(options.clip, options.clip_model or CLIP, options.device)
     if options.pickscore is not None:
         scorers["pick"] = pick_score(options.pickscore, options.device)
-    generated = score(options.generated, scorers, options.batch, options.limit, prompts)
-    if len(scorers) > 1:
+    kept, real = _kept(options, ["features"] if extractor else []), None
+    with joined(options.device) as share:
+        generated = score(options.generated, scorers, options.batch, options.limit, prompts, kept, share)
+        if options.real is not None:
+            features = {"features": scorers["features"]}
+            real = score(options.real, features, options.batch, options.limit, None, kept, share)
+    if share.rank > 0:
+        return
+    if options.clip is not None or options.pickscore is not None:
         check_captions(options.generated, generated)
-    real = None
-    if options.real is not None:
-        real = score(options.real, {"features": extractor.score}, options.batch, options.limit)
-    rows, told = list(figures(generated, real, extractor.cpu())), list(notes(generated, real, extractor))
+    if extractor is not None:
+        extractor.cpu()
+    rows, told = list(figures(generated, real, extractor)), list(notes(generated, real, extractor))
     for line in (*table(rows), *told):
         print(line)
     if options.output is not None:
@@ -152,13 +191,18 @@ def _pictures(options: argparse.Namespace) -> None:
 
 
 def _robustness(options: argparse.Namespace) -> None:
+    from ..reports.evaluation.processes import joined
     from ..reports.evaluation.reading import check_set
-    from ..reports.evaluation.robustness import plot, robustness, table
+    from ..reports.evaluation.robustness import OPERATIONS, plot, robustness, table
 
     _check(options)
     check_set(options.pictures)
     extractor = _extractor(options)
-    distances, count = robustness(options.pictures, extractor, options.batch, options.limit)
+    kept = _kept(options, ["features", *OPERATIONS])
+    with joined(options.device) as share:
+        distances, count = robustness(options.pictures, extractor, options.batch, options.limit, kept, share)
+    if share.rank > 0:
+        return
     for line in (*table(distances), f"{count} pictures", extractor.about):
         print(line)
     if options.output is not None:
@@ -171,6 +215,7 @@ def _preference(options: argparse.Namespace) -> None:
     import torch
 
     from ..reports.evaluation.preference import counted, paired, win_rate
+    from ..reports.evaluation.processes import joined
     from ..reports.evaluation.reading import Scorer, check_captions, check_set, score
     from ..reports.evaluation.study import check_page, write_page
     from ..reports.evaluation.text_scores import pick_score
@@ -178,6 +223,8 @@ def _preference(options: argparse.Namespace) -> None:
     _check(options)
     if options.pickscore is None and (options.page is None or options.output is not None):
         raise WuerstchenError("--pickscore FOLDER is missing; without it, only --page FOLDER can be written")
+    if options.pickscore is None and options.keep is not None:
+        raise WuerstchenError("--keep is for PickScore: add --pickscore FOLDER, or leave it out")
     sets = {"A": options.a, "B": options.b}
     for data in sets.values():
         check_set(data)
@@ -189,7 +236,13 @@ def _preference(options: argparse.Namespace) -> None:
         return torch.zeros(len(images))
 
     scorer: Scorer = read if options.pickscore is None else pick_score(options.pickscore, options.device)
-    a, b = (score(data, {"pick": scorer}, options.batch, options.limit, prompts) for data in sets.values())
+    kept = _kept(options, [])
+    with joined(options.device) as share:
+        a, b = (
+            score(data, {"pick": scorer}, options.batch, options.limit, prompts, kept, share) for data in sets.values()
+        )
+    if share.rank > 0:
+        return
     order = paired(a, b, (options.a, options.b))
     check_captions(options.a, a)
     if options.pickscore is not None:

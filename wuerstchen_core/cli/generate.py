@@ -29,8 +29,6 @@ DEFAULTS: dict[str, Any] = {
     "cfg_interval": STAGE_C.cfg_interval,
     "cfg_rescale": STAGE_C.cfg_rescale,
 }
-SAMPLING = ("steps_c", "cfg_c", "steps_b", "cfg_b", "sampler", "sampler_b", "schedule", "schedule_b", "cfg_interval",
-            "cfg_rescale", "negative_prompt", "distilled")  # fmt: skip
 
 
 def add_commands(commands) -> None:
@@ -135,6 +133,7 @@ def add_commands(commands) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from ..bulk.lines import SAMPLING, completed
     from ..checkpoints.lora import load_lora
     from ..models.lora import apply_loras
     from ..pipeline import DENOISE
@@ -142,7 +141,7 @@ def _generate(options: argparse.Namespace) -> None:
     from ..workflow import png
 
     if bulk.is_asked_for(options):
-        bulk.generate_many(options, DEFAULTS)
+        bulk.generate_many(options)
         return
     options.output = Path("wuerstchen.png") if options.output is None else options.output
     if options.source is not None:
@@ -164,7 +163,8 @@ def _generate(options: argparse.Namespace) -> None:
     loras = [(load_lora(path), strength) for path, strength in chosen]
     model = load_model(options, options.offload)
     settings |= {side: model.defaults.side for side in ("width", "height") if settings[side] is None}
-    settings |= _sampling(model, options)
+    asked = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
+    settings |= completed(asked, model.sampling, bool(options.loras))
     if options.source is not None:
         usual = DEFAULTS if model.distilled else {**DEFAULTS, "distilled": False}
         print(command_line(options, {name: value for name, value in settings.items() if value != usual.get(name)}))
@@ -195,25 +195,3 @@ def _generate(options: argparse.Namespace) -> None:
             told["batch_number"] = number
         png.write(picture, path, told, graph_of(told, around))
         print(path)
-
-
-def _sampling(model, options: argparse.Namespace) -> dict[str, Any]:
-    """All that decides how the stages sample, in full; with a LoRA of the user's the set's own networks draw."""
-    asked = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
-    if options.loras:
-        asked.setdefault("distilled", False)
-    sampling = model.sampling(**asked)
-    stage_c, stage_b = sampling.stage_c, sampling.stage_b
-    settings = {
-        "steps_c": stage_c.steps,
-        "cfg_c": stage_c.cfg,
-        "steps_b": stage_b.steps,
-        "cfg_b": stage_b.cfg,
-        "sampler": stage_c.sampler,
-        "schedule": stage_c.schedule,
-        "schedule_b": stage_b.schedule,
-        "cfg_interval": stage_c.cfg_interval,
-        "cfg_rescale": stage_c.cfg_rescale,
-        "distilled": bool(sampling.distilled),
-    }
-    return settings if stage_b.sampler == stage_c.sampler else {**settings, "sampler_b": stage_b.sampler}

@@ -39,7 +39,9 @@ def add_evaluate_commands(evaluate) -> None:
     emoji.add_argument("--sheet", type=Path, metavar="FILE", help="only draw the model card's pictures, to a PNG file")
     add_model(emoji)
 
-    sweep = command(evaluate, "sweep", _sweep, "samplers, schedules and steps on the emoji data set")
+    sweep = command(
+        evaluate, "solvers", _sweep, "one stage's latents by samplers, schedules and steps, on the emoji data set"
+    )
     _add_data(sweep)
     sweep.add_argument("--stage", choices=["c", "b"], default="c", help="Stage C (default) or Stage B")
     sweep.add_argument("--samplers", nargs="+", default=["ddpm", "dpmpp_2m_sde"], metavar="NAME", help="to compare")
@@ -51,6 +53,21 @@ def add_evaluate_commands(evaluate) -> None:
     sweep.add_argument("--reference", type=int, default=200, metavar="N", help="steps to compare with (default: 200)")
     sweep.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON; a plot of its name beside it")
     add_model(sweep)
+
+    efficiency = command(
+        evaluate, "efficiency", _efficiency, "Stage C and a single-stage baseline after equal amounts of training"
+    )
+    _add_data(efficiency)
+    efficiency.add_argument("work", type=Path, help="folder for the two runs and the figures; what is there goes on")
+    efficiency.add_argument("--count", type=int, default=100, metavar="N", help="emoji to learn (default: 100)")
+    efficiency.add_argument(
+        "--budgets",
+        type=float,
+        nargs="+",
+        default=[1, 2, 4, 8, 16, 32],
+        metavar="N",
+        help="operations of training at which both are measured, in 10¹² (default: 1 2 4 8 16 32)",
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -133,3 +150,18 @@ def _sweep(options: argparse.Namespace) -> None:
         for line in list(table(rows))[0 if len(rows) == 1 else -1 :]:
             print(line, flush=True)
     plot(options.output.with_suffix(".png"), rows, f"Stage {options.stage.upper()}")
+
+
+def _efficiency(options: argparse.Namespace) -> None:
+    from ..mini.efficiency import compare, plot
+    from ..mini.emoji import EmojiSet
+
+    rows = []
+    for row in compare(EmojiSet(options.data), options.work, options.count, options.budgets):
+        rows.append(row)
+        print(
+            f"{row['network']:<9} {row['operations'] / 1e12:6.2f} T in {row['steps']:5} steps: "
+            f"{row['top-1']:.1%} of {options.count} names",
+            flush=True,
+        )
+    plot(options.work / "efficiency.png", rows)

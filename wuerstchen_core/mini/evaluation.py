@@ -15,6 +15,7 @@ from .. import pipeline
 from ..diffusion.options import STAGE_B, STAGE_C
 from ..geometry import Geometry
 from ..pipeline import Sampling, Wuerstchen
+from ..reports.evaluation.distances import psnr
 from ..util.errors import WuerstchenError
 from .captions import keyword_caption, plain_caption, with_article
 from .emoji import COLOURS, PLACES, SIZES, EmojiSet
@@ -116,11 +117,6 @@ def _through_b(model: Wuerstchen, images: Tensor, sampling: Sampling) -> Tensor:
 
 def _geometry(images: Tensor) -> Geometry:
     return Geometry(width=images.shape[2], height=images.shape[1])
-
-
-def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """(B, H, W, 3) in [0, 1] -> peak signal-to-noise ratio of each in dB (B,)"""
-    return -10 * (images - truth).square().flatten(1).mean(dim=1).log10()
 
 
 def _draw(model: Wuerstchen, captions: list[str], side: int, name: str, sampling: Sampling) -> Iterator[Tensor]:

@@ -1,9 +1,11 @@
 """Training in the public interface and on the command line: a stage's options from all places, and its run."""
 
 import argparse
+import dataclasses
 import importlib
 import os
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ def train(
 
     Args:
         stage: "text-encoder", "stage-a", "stage-b", "stage-c", "previewer", "lora" or "distill".
-        config: a TOML file of options, or "mini" or "v2", which are shipped. Without one, all others are the defaults.
+        config: a TOML file of options, or "mini", "v2", "paper" (then "paper-2", …) or "baseline", which are shipped.
+            Without one, all others are the defaults.
         folder: where the run keeps its checkpoints, weights, samples and logs (as in `config`, if not given).
         data: what it learns from: a folder of pictures with captions, or shards (as in `config`, if not given).
         options: all others by their names, which go before `config`'s. They are the fields of `DataOptions`
@@ -132,10 +135,16 @@ def _train(module, run_options: RunOptions, data, plan, options) -> None:
         key = f"{type(task).__name__} {task.feature_key} {fingerprint(*task.feature_files)}"
         cache = FeatureCache(data.cache, key, task.features_of_captions)
 
-    def batches(first: int, rank: int, world: int):
-        return data.open(plan.seed, first, rank, world, cache, task.reads_captions)
+    index = Path(run_options.folder) / "shards"
 
-    learn(task, plan, run_options.folder, batches, cache, lambda: record.facts(data))
+    def batches(seen: list, rank: int, world: int):
+        return data.open(plan.seed, seen, rank, world, cache, task.reads_captions, index)
+
+    def held_out():
+        return dataclasses.replace(data, workers=0).open(plan.seed, cache=cache, index=index, validation=True)
+
+    facts = partial(record.facts, data)
+    learn(task, plan, run_options.folder, batches, cache, facts, held_out if data.held_out else None)
 
 
 def _parsed(stage: str, arguments: list[str]) -> dict[str, str]:
@@ -148,7 +157,11 @@ def _parsed(stage: str, arguments: list[str]) -> dict[str, str]:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", metavar="FILE", help="a TOML file of options; mini and v2 are shipped")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a TOML file of options; mini, v2, paper (then paper-2, …) and baseline are shipped",
+    )
     parser.add_argument(
         "--write-config", metavar="FILE", help="write all options with their help to a TOML file, and do not train"
     )

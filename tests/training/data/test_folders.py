@@ -36,12 +36,12 @@ def test_a_batch_holds_the_pictures_and_captions_of_its_keys(folder, tmp_path):
     expected |= {"sub.one/A.b.JPEG": "a café", "bare.webp": "", "empty.png": ""}
     seen = {}
     for batch in take(52, folder, 64, 1, buckets=False):
-        assert batch["image"].shape == (1, 3, 64, 64) and batch["image"].dtype == torch.float32
+        assert batch["image"].shape == (1, 3, 64, 64) and batch["image"].dtype == torch.uint8
         assert batch.keys() == {"image", "caption", "key", "skipped"} and batch["skipped"] == 0
         seen[batch["key"][0]] = batch["caption"][0]
         number = {"bare.webp": 91, "empty.png": 92, "00.png": 0, "05.png": 5}.get(batch["key"][0])
         if number is not None:
-            assert torch.equal(batch["image"][0], torch.from_numpy(picture(number)).permute(2, 0, 1) / 255)
+            assert torch.equal(batch["image"][0], torch.from_numpy(picture(number)).permute(2, 0, 1))
     assert seen == expected
 
 
@@ -153,7 +153,7 @@ def test_a_bad_sample_is_skipped_counted_and_named(tmp_path, name, content, says
     for batch in batches:
         for key, image, caption in zip(batch["key"], batch["image"], batch["caption"], strict=True):
             assert caption == f"picture {int(key[:2])}"
-            assert torch.equal(image, torch.from_numpy(picture(int(key[:2]))).permute(2, 0, 1) / 255)
+            assert torch.equal(image, torch.from_numpy(picture(int(key[:2]))).permute(2, 0, 1))
     assert len(caplog.records) == 1  # however often it comes
     assert re.search(f"skipped 04.png: .*({says})", caplog.text)
 

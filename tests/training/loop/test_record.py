@@ -12,6 +12,7 @@ from wuerstchen_core.training.loop.record import facts, tell_changes
 from wuerstchen_core.training.loop.run import Plan, train
 
 OTHERS = "no longer exactly those that it would have had"
+RESIZED = "another size, and each sample is still seen once an epoch"
 SAME = "still those that it would have had"
 
 
@@ -45,15 +46,17 @@ def test_a_change_of_the_data_is_seen(data, tmp_path, change):
     assert facts(data)["data"] != before["data"]
 
 
-def test_shards_are_told_apart_by_names_and_sizes_and_their_workers_count(tmp_path):
+def test_shards_are_told_apart_by_names_and_sizes_and_the_workers_of_streams_count(tmp_path):
     for number in range(2):
         (tmp_path / f"{number}.tar").write_bytes(bytes(1024))
     data = DataOptions(data=str(tmp_path / "{0,1}.tar"), workers=0)
     before = facts(data)
-    assert before["data"].startswith("2 shards, ") and before["workers"] == 1
+    assert before["data"].startswith("2 shards, ") and "workers" not in before
     (tmp_path / "1.tar").write_bytes(bytes(2048))
     assert facts(data)["data"] != before["data"]
-    assert facts(dataclasses.replace(data, workers=3))["workers"] == 3
+    assert facts(dataclasses.replace(data, min_aesthetic=5.0))["filters"] != before["filters"]
+    stream = dataclasses.replace(data, data=f"pipe:cat {tmp_path}/0.tar")
+    assert facts(stream)["workers"] == 1 and facts(dataclasses.replace(stream, workers=3))["workers"] == 3
 
 
 @pytest.mark.parametrize(
@@ -65,8 +68,8 @@ def test_shards_are_told_apart_by_names_and_sizes_and_their_workers_count(tmp_pa
             {"batch": 8, "processes": 1},
             ["batch (4, now 8)", SAME],
         ),
-        ({"batch": 4, "processes": 2}, {"batch": 4, "processes": 1}, ["processes (2, now 1)", OTHERS]),
-        ({"batch": 4, "processes": 1}, {"batch": 2, "processes": 1}, ["batch (4, now 2)", OTHERS]),
+        ({"batch": 4, "processes": 2}, {"batch": 4, "processes": 1}, ["processes (2, now 1)", RESIZED]),
+        ({"batch": 4, "processes": 1}, {"batch": 2, "processes": 1}, ["batch (4, now 2)", RESIZED]),
         (
             {"batch": 4, "processes": 2, "workers": 1},
             {"batch": 8, "processes": 1, "workers": 1},

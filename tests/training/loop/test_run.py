@@ -178,8 +178,8 @@ def test_a_gradient_that_overflows_float16_is_skipped_and_not_the_end(tmp_path, 
 
 
 def test_data_that_give_out_end_the_run_with_all_that_was_learned(tmp_path):
-    def batches(first, rank, world):
-        yield from toy_batches(end=8)(first, rank, world)
+    def batches(seen, rank, world):
+        yield from toy_batches(end=8)(seen, rank, world)
         raise w.WuerstchenError("not one sample can be read")
 
     with pytest.raises(w.WuerstchenError, match="not one sample"):

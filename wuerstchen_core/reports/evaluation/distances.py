@@ -1,4 +1,5 @@
-"""Figures of two sets of features: FID, KID, precision and recall; and of one set of logits: the Inception Score."""
+"""Figures of two sets of features: FID, KID, precision and recall; of one set of logits: the Inception Score; of pairs
+of pictures: PSNR."""
 
 import warnings
 from collections.abc import Iterator
@@ -103,6 +104,11 @@ def _covered(points: Tensor, centres: Tensor, neighbours: int) -> float:
 
 def _distances(ones: Tensor, others: Tensor) -> Tensor:
     return torch.cdist(ones, others, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def psnr(images: Tensor, truth: Tensor) -> Tensor:
+    """(B, H, W, 3) in [0, 1] -> peak signal-to-noise ratio of each in dB (B,); infinite where they are equal"""
+    return -10 * (images - truth).square().flatten(1).mean(dim=1).log10()
 
 
 def _check(real: Tensor, generated: Tensor, least: int = 2) -> None:

@@ -1,6 +1,5 @@
 """Features of pictures: those of Inception, which papers use, or of the semantic compressor, which is at hand."""
 
-import hashlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ...checkpoints.load import load_semantic_compressor
 from ...checkpoints.sets import MINI, SET
 from ...models.semantic_compressor import IMAGENET_MEAN, IMAGENET_STD, SemanticCompressor
 from ...util.errors import WuerstchenError, readable
+from .kept import hash_of
 
 
 def resized(image: Tensor, side: int) -> Tensor:
@@ -122,7 +122,7 @@ def load_inception(path: str | Path, device: str = "cpu") -> InceptionFeatures:
     """
     archive = open_archive(path)
     with torch.device("meta"):
-        network = InceptionFeatures(f"Inception V3, {Path(path).name}, SHA-256 {_hash(path)}")
+        network = InceptionFeatures(f"Inception V3, {Path(path).name}, SHA-256 {hash_of(path)}")
     state = {}
     for name, value in network.state_dict().items():
         theirs = name.removeprefix("layers.")
@@ -144,11 +144,3 @@ def load_compressor_features(path: str | Path | None = None, device: str = "cpu"
     name = "the mini's semantic compressor" if path is None else Path(path).name
     compressor = load_semantic_compressor(MINI / SET["semantic_compressor"] if path is None else path, device)
     return CompressorFeatures(compressor, name).eval().requires_grad_(False)
-
-
-def _hash(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -12,6 +12,7 @@ from .distances import fid, inception_score, kid, precision_recall
 from .extractors import Extractor
 from .reading import Scored
 
+TITLES = {"clip": "CLIP score", "pick": "PickScore", "top-1": "top-1"}  # of scores, by the names of their scorers
 PAPERS = 10_000  # pictures of each set, below which FID says little
 
 
@@ -22,9 +23,16 @@ class Figure(NamedTuple):
     of: str = ""
 
 
-def figures(generated: Scored, real: Scored | None, extractor: Extractor) -> Iterator[Figure]:
-    """All figures that the scores of the two sets allow: those of "features", "clip" and "pick" in them."""
-    features = generated.values["features"]
+def figures(generated: Scored, real: Scored | None, extractor: Extractor | None) -> Iterator[Figure]:
+    """All figures that the scores of the two sets allow: those of the extractor's "features", and of TITLES."""
+    if extractor is not None:
+        yield from _of_features(generated.values["features"], real, extractor)
+    for name, title in TITLES.items():
+        if name in generated.values:
+            yield Figure(title, *_mean(generated.values[name]), "deviation over pictures")
+
+
+def _of_features(features: Tensor, real: Scored | None, extractor: Extractor) -> Iterator[Figure]:
     if real is not None:
         theirs = real.values["features"]
         yield Figure("FID", fid(theirs, features))
@@ -36,9 +44,6 @@ def figures(generated: Scored, real: Scored | None, extractor: Extractor) -> Ite
         logits = extractor.logits(features)
     if logits is not None:
         yield Figure("IS", *inception_score(logits), "deviation over splits")
-    for name, title in (("clip", "CLIP score"), ("pick", "PickScore")):
-        if name in generated.values:
-            yield Figure(title, *_mean(generated.values[name]), "deviation over pictures")
 
 
 def _mean(values: Tensor) -> tuple[float, float | None]:
@@ -46,9 +51,10 @@ def _mean(values: Tensor) -> tuple[float, float | None]:
     return values.mean().item(), values.std().item() if len(values) > 1 else None
 
 
-def notes(generated: Scored, real: Scored | None, extractor: Extractor) -> Iterator[str]:
+def notes(generated: Scored, real: Scored | None, extractor: Extractor | None) -> Iterator[str]:
     """What a reader must know of the figures, one line each."""
-    yield extractor.about
+    if extractor is not None:
+        yield extractor.about
     sets = [generated] if real is None else [generated, real]
     if real is not None and min(len(one.keys) for one in sets) < PAPERS:
         yield (

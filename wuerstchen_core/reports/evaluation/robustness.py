@@ -10,9 +10,12 @@ from einops import rearrange
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
+from ...bulk.plan import Share
 from ..plots import plotted
 from .distances import fid
 from .extractors import Extractor
+from .kept import Kept
+from .processes import ALONE
 from .reading import score
 
 Operation = Callable[[Image.Image], Image.Image]
@@ -70,18 +73,28 @@ def changed(image: Tensor, operation: Operation) -> Tensor:
     )
 
 
-def robustness(data: str | Path, extractor: Extractor, batch: int, limit: int | None = None) -> tuple[dict, int]:
+def robustness(
+    data: str | Path,
+    extractor: Extractor,
+    batch: int,
+    limit: int | None = None,
+    kept: Kept | None = None,
+    share: Share = ALONE,
+) -> tuple[dict, int]:
     """FID of the pictures of a set against themselves after each of OPERATIONS, and the number of pictures.
 
-    The set is read once. Raises WuerstchenError as `score` and `fid` do.
+    The set is read once; kept and share are those of `score`.
+
+    Raises WuerstchenError as `score` and `fid` do.
     """
 
     def after(operation: Operation):
         return lambda images, captions: extractor.score([changed(one, operation) for one in images], captions)
 
-    scorers = {"": extractor.score, **{name: after(operation) for name, operation in OPERATIONS.items()}}
-    found = score(data, scorers, batch, limit)
-    return {name: fid(found.values[""], found.values[name]) for name in OPERATIONS}, len(found.keys)
+    scorers = {"features": extractor.score, **{name: after(operation) for name, operation in OPERATIONS.items()}}
+    found = score(data, scorers, batch, limit, kept=kept, share=share)
+    before = found.values["features"]
+    return {name: fid(before, found.values[name]) for name in OPERATIONS}, len(found.keys)
 
 
 def table(distances: dict[str, float]) -> Iterator[str]:

@@ -44,7 +44,7 @@ def write_page(folder: Path, sets: dict[str, str], keys: Sequence[str], prompts:
     (folder / "pictures").mkdir(parents=True)
     pairs = {key: {"key": key, "prompt": prompt} for key, prompt in zip(keys, prompts, strict=True)}
     for name, data in sets.items():
-        for sample in samples(data, []):
+        for sample in samples(data):
             if sample.key in pairs:
                 file = f"{secrets.token_hex(8)}.png"
                 _save(sample.image, folder / "pictures" / file)

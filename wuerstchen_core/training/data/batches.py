@@ -10,7 +10,7 @@ import signal
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,18 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from ...util.errors import WuerstchenError, readable
 from .buckets import Size, bucket_sizes, crop_and_resize, nearest_size
 from .feature_cache import FeatureCache, Features, address, stacked
+from .filters import KEEP_ALL, Filters
+from .shard_index import ShardSource, are_indexed
 from .shards import ShardBatch, Shards, expand, is_shard
-from .sources import FixedSource, FolderSource, Source
+from .sources import FixedSource, FolderSource, Source, epoch_order, part_of
 from .tally import Tally
 
 NAMED = 5  # bad samples that are named; the others are only counted
 LOOK_AHEAD = 100  # batches of a stream of shards that are tried one after another if nothing can be decoded
 LOOK_AHEAD_BYTES = 1 << 30  # and the size of their pictures, at most
 CAPTIONS = ("unused", "optional", "required")
+
+Seen = Sequence[tuple[int, int]]  # (number of batches, samples in each on all ranks together), in their order
 
 log = logging.getLogger(__name__)
 
@@ -42,24 +46,30 @@ def open_batches(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
-    first: int = 0,
+    first: int | Seen = 0,
     cache: FeatureCache | None = None,
     captions: str = "optional",
     caption_key: str = "",
+    filters: Filters = KEEP_ALL,
+    index: str | Path | None = None,
+    held_out: int = 0,
+    validation: bool = False,
 ) -> Iterator[dict]:
     """Batches without end.
 
-    A batch is {"image": (B, 3, H, W) float32 in [0, 1], "caption": B texts, "key": B names, "skipped": the number of
+    A batch is {"image": (B, 3, H, W) uint8, "caption": B texts, "key": B names, "skipped": the number of
     bad samples that others replace}. Bad samples (damaged or huge pictures, captions that are not UTF-8) are never
     fatal; the first few are named in a warning.
 
-    Folders and other sources: batches of all ranks together, `world` * `batch` samples of one bucket, are formed in an
-    order that follows from the seed and the epoch, and rank r gets the r-th part. Samples left over at an epoch's end
-    are used in the next. `workers` changes nothing but the speed.
+    Folders, indexed shards and other sources: batches of all ranks together, `world` * `batch` samples of one bucket,
+    are formed in an order that follows from the seed and the epoch, and rank r gets the r-th part. Samples left over at
+    an epoch's end are used in the next. `workers` changes nothing but the speed, and a run may be resumed with any
+    number of ranks: each sample is seen once an epoch all the same.
 
-    Shards: every worker of every rank has a share of its own and forms its own batches, so that the ranks' picture
-    sizes differ at a step, and a run must be resumed with the same number of ranks and workers (0 and 1 workers are the
-    same). To resume, everything is read again up to that step, but nothing is decoded.
+    Other shards, from the net, from commands and compressed ones, are streams: every worker of every rank has a share
+    of its own and forms its own batches, so that the ranks' picture sizes differ at a step, and a run must be resumed
+    with the same number of ranks and workers (0 and 1 workers are the same). To resume, everything is read again up to
+    that step, but nothing is decoded.
 
     Args:
         data: a folder (see `FolderSource`), urls or paths of shards (see `shards.expand`), or a `Source`.
@@ -68,18 +78,25 @@ def open_batches(
         buckets: several aspect ratios (see `bucket_sizes`); if false, all pictures are square.
         rank, world: the number of this process, and how many there are.
         workers: processes that load pictures; with 0, this process does.
-        first: number of batches that this rank has had already: the step from which a run resumes.
+        first: number of batches that this rank has had already: the step from which a run resumes. Where their sizes
+            were others: pairs (number of batches, samples in each on all ranks together), in their order.
         cache: keeps features of samples. A batch then has "address", B texts for `cache.write`, and if the cache has
             all its samples "features" in place of "image": what `cache.read` gives. Nothing is decoded for it.
         captions: "unused"; "optional": pictures without a caption are counted in warnings; "required": moreover it is
             an error if no picture has one.
         caption_key: key of the caption in JSON and metadata files; "": one of `captions.CAPTION_KEYS`.
+        filters: which samples of shards are left out.
+        index: a folder that keeps an index of shards (see `shard_index`); without, all shards are read as streams.
+        held_out: number of samples that are kept for validation; which ones follows from their names.
+        validation: give these and no others, each in a batch of its own, and end after the last.
 
     Raises:
         WuerstchenError: there is no such data or nothing good in it, all captions are missing though they are required,
-            or a cache is given for samples that vary.
+            a cache is given for samples that vary, or filters or held-out samples for data that don't have them.
     """
-    for name, value, least in (("batch", batch, 1), ("size", size, 1), ("workers", workers, 0), ("first", first, 0)):
+    had: Seen = [(first, world * batch)] if isinstance(first, int) else first
+    passed = sum(count for count, _ in had)
+    for name, value, least in (("batch", batch, 1), ("size", size, 1), ("workers", workers, 0), ("first", passed, 0)):
         if value < least:
             raise WuerstchenError(f"{name} is {value}: it must be at least {least}")
     if captions not in CAPTIONS:
@@ -87,12 +104,22 @@ def open_batches(
     sizes = bucket_sizes(size) if buckets else [(size, size)]
     source = data if isinstance(data, Source) else _named(data, caption_key)
     missing = None
-    dataset: Dataset
     if isinstance(source, list):
-        shards = Shards(source, sizes, batch, seed, caption_key)
+        shards = Shards(source, sizes, batch, seed, caption_key, filters)
         shards.check_captions(captions == "required")
         missing = Tally() if captions != "unused" else None
-        dataset, sampler = _ShardBatches(shards, _Assembler(range(batch), seed, cache), rank, world, first), None
+        if index is not None and are_indexed(source):
+            source = ShardSource(source, index, caption_key, filters, rank, world)
+            _tell(source.told, set())
+    elif filters.are_set:
+        raise WuerstchenError(
+            "min_side, min_aesthetic, max_watermark and max_unsafe are read from shards: leave them out"
+        )
+    dataset: Dataset
+    if isinstance(source, list):
+        if held_out:
+            raise WuerstchenError("held_out needs a folder, or .tar files on a disk: these shards are streams")
+        dataset, sampler = _ShardBatches(shards, _Assembler(range(batch), seed, cache), rank, world, passed), None
     else:
         if len(source) == 0:
             raise WuerstchenError("there is no sample in the source")
@@ -100,9 +127,14 @@ def open_batches(
             raise WuerstchenError(f"the samples of {type(source).__name__} vary: their features can't be cached")
         if isinstance(source, FolderSource) and captions != "unused":
             source.check_captions(captions == "required")
-        positions = range(rank * batch, (rank + 1) * batch)
+        if held_out:
+            source = part_of(source, held_out, validation)
+        positions = range(1) if validation else range(rank * batch, (rank + 1) * batch)
         dataset = _SourceBatches(source, _Assembler(positions, seed, cache))
-        sampler = islice(enumerate(batch_order(source, sizes, world * batch, seed)), first, None)
+        totals = chain.from_iterable(repeat(total, count) for count, total in had)
+        order = batch_order(source, sizes, chain(totals, repeat(world * batch)), seed)
+        each = ((_bucket(source, sizes, i), [i]) for i in range(len(source)))
+        sampler = list(enumerate(each)) if validation else islice(enumerate(order), passed, None)
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -110,26 +142,31 @@ def open_batches(
         num_workers=workers,
         worker_init_fn=_leave_interrupts_to_parent,
         generator=torch.Generator(),  # of its own: the training's random state stays as it is
+        pin_memory=torch.cuda.is_available(),
     )
     return _delivered(loader, missing)
 
 
-def batch_order(source: Source, sizes: Sequence[Size], batch: int, seed: int) -> Iterator[tuple[Size, list[int]]]:
-    """The picture size and the samples of every batch of a source, without end.
+def batch_order(
+    source: Source, sizes: Sequence[Size], totals: Iterator[int], seed: int
+) -> Iterator[tuple[Size, list[int]]]:
+    """The picture size and the samples of every batch of a source, which has as many as `totals` says, without end.
 
     The size of a picture is read once, when its turn comes in the first epoch.
     """
     chosen: dict[int, Size] = {}
-    waiting = defaultdict(list)
+    waiting: dict[Size, list[int]] = defaultdict(list)
+    total = next(totals)
     for epoch in count():
-        order = list(range(len(source)))
-        random.Random(f"epoch {seed} {epoch}").shuffle(order)
-        for i in order:
+        for i in epoch_order(source, random.Random(f"epoch {seed} {epoch}")):
             if i not in chosen:
                 chosen[i] = sizes[0] if len(sizes) == 1 else _bucket(source, sizes, i)
-            waiting[chosen[i]].append(i)
-            if len(waiting[chosen[i]]) == batch:
-                yield chosen[i], waiting.pop(chosen[i])
+            same = waiting[chosen[i]]
+            same.append(i)
+            while len(same) >= total:
+                yield chosen[i], same[:total]
+                del same[:total]
+                total = next(totals)
 
 
 @dataclass(frozen=True)
@@ -195,7 +232,7 @@ class _Assembler:
             if features is not None:
                 return sample | {"features": features}
         image, caption = source.load(i, random.Random(seed))
-        return sample | {"image": crop_and_resize(image, size), "caption": caption}
+        return sample | {"image": (crop_and_resize(image, size) * 255).round().byte(), "caption": caption}
 
 
 class _SourceBatches(Dataset):
@@ -287,12 +324,9 @@ def _delivered(loader: DataLoader, missing: Tally | None) -> Iterator[dict]:
     named: set[str] = set()
     for batch in loader:
         if isinstance(batch, WuerstchenError):
+            error = batch
             break
-        for message in batch.pop("messages"):
-            if message not in named and len(named) < NAMED:
-                named.add(message)
-                last = "; more of them are only counted" if len(named) == NAMED else ""
-                log.warning("skipped %s%s", message, last)
+        _tell(batch.pop("messages"), named)
         if missing is not None:
             bare = [key for key, caption in zip(batch["key"], batch["caption"], strict=True) if not caption]
             if missing.add(len(bare), len(batch["key"])):
@@ -303,7 +337,18 @@ def _delivered(loader: DataLoader, missing: Tally | None) -> Iterator[dict]:
                     readable(bare[0]),
                 )
         yield batch
-    raise batch  # here, where the loader's processes have ended: without an error there is no end
+    else:
+        return
+    raise error  # here, where the loader's processes have ended: without an error there is no end
+
+
+def _tell(messages: Sequence[str], named: set[str]) -> None:
+    """Warns of bad samples, until NAMED of them are named."""
+    for message in messages:
+        if message not in named and len(named) < NAMED:
+            named.add(message)
+            last = "; more of them are only counted" if len(named) == NAMED else ""
+            log.warning("skipped %s%s", message, last)
 
 
 def _leave_interrupts_to_parent(worker: int) -> None:

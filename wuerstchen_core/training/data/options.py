@@ -1,14 +1,16 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ...util.errors import WuerstchenError
-from ..options import check_at_least, check_at_most, option
-from .batches import open_batches
+from ..options import check_at_least, check_at_most, check_shares, option
+from .batches import Seen, open_batches
 from .feature_cache import FeatureCache
+from .filters import Filters
 from .shards import expand, is_shard
 from .sources import Source, recognised
 
@@ -33,13 +35,21 @@ class DataOptions:
         "", "key of the caption in .json and metadata files; empty: caption, text or prompt, in this order"
     )
     allow_empty_captions: bool = option(False, "train even if no picture has a caption")
+    min_side: int = option(
+        0, "shards: leave out pictures whose shorter side has fewer pixels (by their .json, if it says)"
+    )
+    min_aesthetic: float = option(0.0, "shards: leave out pictures whose .json has a lower aesthetic score, or none")
+    max_watermark: float = option(1.0, "shards: leave out pictures whose .json has a higher pwatermark, or none")
+    max_unsafe: float = option(1.0, "shards: leave out pictures whose .json has a higher punsafe, or none")
+    held_out: int = option(0, "pictures that are not learned from: their loss is logged at every checkpoint")
     cache: str = option("", "folder that keeps the frozen networks' features of pictures and captions; empty: none")
 
     def __post_init__(self):
         if not self.data.strip():
             raise WuerstchenError("data is empty: name a folder of pictures with captions, or shards")
         check_at_least(1, self, "size", "batch")
-        check_at_least(0, self, "workers")
+        check_at_least(0, self, "workers", "min_side", "min_aesthetic", "held_out")
+        check_shares(self, "max_watermark", "max_unsafe")
         check_at_most(LARGEST_SIZE, self, "size")
         check_at_most(LARGEST_BATCH, self, "batch")
         check_at_most(MOST_WORKERS, self, "workers")
@@ -52,11 +62,13 @@ class DataOptions:
     def open(
         self,
         seed: int,
-        first: int = 0,
+        first: int | Seen = 0,
         rank: int = 0,
         world: int = 1,
         cache: FeatureCache | None = None,
         reads_captions: bool = False,
+        index: Path | None = None,
+        validation: bool = False,
     ) -> Iterator[dict]:
         """`open_batches` with these options; `reads_captions` says whether a missing caption matters."""
         captions = ("optional" if self.allow_empty_captions else "required") if reads_captions else "unused"
@@ -73,11 +85,19 @@ class DataOptions:
             cache=cache,
             captions=captions,
             caption_key=self.caption_key,
+            filters=Filters(self.min_side, self.min_aesthetic, self.max_watermark, self.max_unsafe),
+            index=index,
+            held_out=self.held_out,
+            validation=validation,
         )
 
+    def first_batch(self, count: int) -> dict:
+        """`count` square pictures with their captions, always the same ones, for samples."""
+        return next(replace(self, batch=count, buckets=False, workers=0, held_out=0).open(seed=0))
+
     def first_pictures(self, count: int) -> Tensor:
-        """(count, 3, H, W) in [0, 1], square and always the same ones, for samples."""
-        return next(replace(self, batch=count, buckets=False, workers=0).open(seed=0))["image"]
+        """The pictures of `first_batch` as floats, (count, 3, H, W) in [0, 1]."""
+        return self.first_batch(count)["image"].float() / 255
 
 
 def check_no_commands(table: Mapping[str, Any], path: str) -> None:

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import tarfile
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -28,6 +28,7 @@ from ...util.errors import WuerstchenError, readable
 from . import captions
 from .buckets import Size, nearest_size
 from .files import check_regular, is_leftover
+from .filters import KEEP_ALL, Filters, scores
 from .sources import FORMATS, SUFFIXES
 
 SHUFFLED = 512  # encoded samples from which the next one is drawn, at most
@@ -106,6 +107,7 @@ class Shards:
     batch: int
     seed: int
     caption_key: str = ""
+    filters: Filters = KEEP_ALL
 
     def batches(self, stream: int, streams: int) -> Iterator[ShardBatch]:
         """The batches of one of several streams, which together see every sample once per epoch.
@@ -122,9 +124,11 @@ class Shards:
             samples = self._samples(epoch, stream, streams, skipped)
             for raw in _shuffled(samples, random.Random(f"buffer {self.seed} {epoch} {stream}")):
                 try:
-                    sample = _parsed(raw, self.caption_key)
+                    sample = parsed(raw, self.caption_key)
                 except Exception as error:  # a damaged picture raises nearly anything
                     skipped.append(readable(f"{_key(raw)}: {error}"))
+                    continue
+                if not self.filters.keep(scores(raw.get("json"), sample.size)):
                     continue
                 found = True
                 bucket = nearest_size(self.buckets, sample.size)
@@ -142,14 +146,15 @@ class Shards:
                     )
             barren = 0 if found else barren + 1
             if barren == streams:
-                raise WuerstchenError(f"no shard holds a sample that can be read; {_first(skipped)}")
+                filtered = " and passes the filters" if self.filters.are_set else ""
+                raise WuerstchenError(f"no shard holds a sample that can be read{filtered}; {_first(skipped)}")
 
     def once(self, skipped: list[str]) -> Iterator[ShardSample]:
         """Every good sample once, by its key in its shard; what was skipped, and why, is added to `skipped`."""
         with closing(self._samples(0, 0, 1, skipped)) as samples:
             for raw in samples:
                 try:
-                    sample = replace(_parsed(raw, self.caption_key), key=raw["__key__"])
+                    sample = replace(parsed(raw, self.caption_key), key=raw["__key__"])
                 except Exception as error:  # a damaged picture raises nearly anything
                     skipped.append(readable(f"{_key(raw)}: {error}"))
                     continue
@@ -164,7 +169,7 @@ class Shards:
             for raw in islice(samples, SEARCHED):
                 seen += 1
                 with suppress(Exception):  # a bad sample: it is skipped, and reported, when its turn comes
-                    if _caption(raw, self.caption_key):
+                    if caption_of(raw, self.caption_key):
                         return
         if seen:
             raise WuerstchenError(
@@ -193,7 +198,7 @@ class Shards:
                             yield sample
             except Exception as error:  # a damaged archive raises nearly anything, and so does opening a url
                 if turn:
-                    reason = readable(_reason(error), 200)
+                    reason = readable(cause(error), 200)
                     skipped.append(f"{readable(self.urls[shard])}: the shard can't be read to its end ({reason})")
 
 
@@ -254,13 +259,19 @@ def _opened(url: str) -> Any:
     """A binary file, or webdataset's pipe from a command."""
     from webdataset.gopen import gopen
 
-    scheme = _scheme(url)
-    if scheme in ("", "file"):
-        path = re.sub(r"^file:(//(localhost)?(?=/))?", "", url, flags=re.IGNORECASE)
-        path = re.sub(r"^/+(?=[A-Za-z]:[/\\])", "", path)  # file:///C:/data
+    path = local_path(url)
+    if path is not None:
         check_regular(path)
         return open(path, "rb")
-    return gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if scheme == "s3" else url)
+    return gopen(f"pipe:aws s3 cp {shlex.quote(url)} -" if _scheme(url) == "s3" else url)
+
+
+def local_path(url: str) -> str | None:
+    """The path of a shard on a disk, or None for any other url."""
+    if _scheme(url) not in ("", "file"):
+        return None
+    path = re.sub(r"^file:(//(localhost)?(?=/))?", "", url, flags=re.IGNORECASE)
+    return re.sub(r"^/+(?=[A-Za-z]:[/\\])", "", path)  # file:///C:/data
 
 
 def _tar_samples(url: str) -> Generator[RawSample, None, None]:
@@ -268,7 +279,7 @@ def _tar_samples(url: str) -> Generator[RawSample, None, None]:
     opened = _opened(url)
     try:
         stream = _Watched(getattr(opened, "stream", opened))  # of a pipe itself, whose own `read` loses the last bytes
-        failure = yield from _joined(_grouped(stream, url))
+        failure = yield from joined(grouped(url, lambda: _archive(stream)))
         if failure is not None:
             raise failure
         while stream.read(1 << 20):  # a pipe's command must come to its end before its status is known
@@ -282,12 +293,26 @@ def _tar_samples(url: str) -> Generator[RawSample, None, None]:
     opened.close()  # raises if the command failed
 
 
-def _grouped(stream: "_Watched", url: str) -> Iterator[RawSample | Exception]:
+def _archive(stream: "_Watched") -> tarfile.TarFile:
+    # A stream is only read.
+    return tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header)  # type: ignore[call-overload]
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None  # of a regular file
+    return file.read()
+
+
+def grouped(
+    url: str,
+    opened: Callable[[], tarfile.TarFile],
+    content: Callable[[tarfile.TarFile, tarfile.TarInfo], Any] = _content,
+) -> Iterator[RawSample | Exception]:
     """The files of an archive by sample, as far as they follow one another, and at the end what is wrong with it."""
     sample: RawSample = {}
     try:
-        # A stream is only read.
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:  # type: ignore[call-overload]
+        with opened() as archive:
             for member in archive:
                 archive.members = []  # which it would keep for ever
                 if not (member.isreg() and _is_data(member.name)):
@@ -305,7 +330,7 @@ def _grouped(stream: "_Watched", url: str) -> Iterator[RawSample | Exception]:
                 if member.size > largest:
                     sample["__error__"] = f".{suffix} has {member.size} bytes, more than {largest}"
                 else:
-                    sample[suffix] = archive.extractfile(member).read()
+                    sample[suffix] = content(archive, member)
     except Exception as error:  # a damaged archive raises nearly anything; the sample at hand may lack files
         yield error
         return
@@ -313,7 +338,7 @@ def _grouped(stream: "_Watched", url: str) -> Iterator[RawSample | Exception]:
         yield sample
 
 
-def _joined(samples: Iterator[RawSample | Exception]) -> Generator[RawSample, None, Exception | None]:
+def joined(samples: Iterator[RawSample | Exception]) -> Generator[RawSample, None, Exception | None]:
     """Samples with their captions, also those whose files lie apart; returns the exception at the end, or None.
 
     What lacks its other half waits for it, PENDING_BYTES of it.
@@ -345,7 +370,7 @@ def _joined(samples: Iterator[RawSample | Exception]) -> Generator[RawSample, No
     return failure
 
 
-class _Header(tarfile.TarInfo):
+class Header(tarfile.TarInfo):
     """The header of a tar member, with a bound on its attributes (pax, long names): tarfile reads them whole."""
 
     @classmethod
@@ -397,22 +422,22 @@ def _shuffled(samples: Iterator[RawSample], generator: random.Random) -> Iterato
         yield draw()
 
 
-def _parsed(raw: RawSample, caption_key: str) -> ShardSample:
+def parsed(raw: RawSample, caption_key: str) -> ShardSample:
     """Decodes nothing but the picture's header. Raises nearly anything if the sample is a bad one."""
     if "__error__" in raw:
         raise ValueError(raw["__error__"])
-    suffix = _picture_suffix(raw)
+    suffix = picture_suffix(raw)
     if suffix is None:
         raise ValueError("there is no picture in it")
     picture = raw[suffix]
-    caption = _caption(raw, caption_key) or ""
+    caption = caption_of(raw, caption_key) or ""
     return ShardSample(_key(raw), caption, pictures.size_of(io.BytesIO(picture), FORMATS), picture)
 
 
-def _caption(raw: RawSample, key: str) -> str | None:
+def caption_of(raw: RawSample, key: str) -> str | None:
     """The caption in a.txt, a.caption, a.json, a.png.txt, … of a sample, or None."""
     for suffix in captions.suffixes(key):
-        for content in (raw.get(f"{_picture_suffix(raw)}{suffix}"), raw.get(suffix[1:])):
+        for content in (raw.get(f"{picture_suffix(raw)}{suffix}"), raw.get(suffix[1:])):
             if content is not None:
                 is_json = suffix == captions.JSON_SUFFIX
                 caption = captions.decode_json(content, key) if is_json else captions.decode(content)
@@ -425,12 +450,12 @@ def _is_data(name: str) -> bool:
     return name.lower().endswith((*SUFFIXES, *CAPTION_SUFFIXES)) and not is_leftover(name)
 
 
-def _picture_suffix(raw: RawSample) -> str | None:
+def picture_suffix(raw: RawSample) -> str | None:
     return next((suffix[1:] for suffix in SUFFIXES if suffix[1:] in raw), None)
 
 
 def _has_picture(raw: RawSample) -> bool:
-    return _picture_suffix(raw) is not None
+    return picture_suffix(raw) is not None
 
 
 def _has_caption(raw: RawSample) -> bool:
@@ -445,7 +470,7 @@ def _first(skipped: list[str]) -> str:
     return "; ".join(readable(message, 120) for message in skipped[:3])
 
 
-def _reason(error: Exception) -> str:
+def cause(error: Exception) -> str:
     """What is wrong, without the arguments that webdataset adds to an exception."""
     message = str(getattr(error, "strerror", None) or next(iter(error.args), type(error).__name__))
     status = re.search(r": (exit -?\d+) \(read\)", message)

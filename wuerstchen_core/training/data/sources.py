@@ -1,12 +1,13 @@
 """Sources: data sets whose pictures and captions have numbers. A folder is one."""
 
+import hashlib
 import logging
 import os
 import posixpath
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from einops import rearrange
 from torch import Tensor
@@ -47,6 +48,23 @@ class FixedSource(Source, Protocol):
 
     def stamp(self, i: int) -> str:
         """Something that changes whenever the picture of sample `i` does, found without decoding it."""
+
+
+@runtime_checkable
+class OrderedSource(Source, Protocol):
+    """A source that has reasons of its own for the order of an epoch."""
+
+    def order(self, generator: random.Random) -> list[int]:
+        """The numbers of all samples in a random order."""
+
+
+def epoch_order(source: Source, generator: random.Random) -> list[int]:
+    """The samples in the order of an epoch: the source's own, if it has one, or any."""
+    if isinstance(source, OrderedSource):
+        return source.order(generator)
+    order = list(range(len(source)))
+    generator.shuffle(order)
+    return order
 
 
 class FolderSource:
@@ -121,6 +139,56 @@ class FolderSource:
         path = self.folder / self.keys[i]
         check_regular(path)
         return path
+
+
+class Part:
+    """Some samples of a source, as a source; their order in an epoch is that of the whole."""
+
+    def __init__(self, source: Any, samples: Sequence[int]):
+        self.source, self.samples = source, list(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def key(self, i: int) -> str:
+        return self.source.key(self.samples[i])
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self.source.size(self.samples[i])
+
+    def load(self, i: int, generator: random.Random) -> tuple[Tensor, str]:
+        return self.source.load(self.samples[i], generator)
+
+    def order(self, generator: random.Random) -> list[int]:
+        numbers = {sample: i for i, sample in enumerate(self.samples)}
+        return [numbers[sample] for sample in epoch_order(self.source, generator) if sample in numbers]
+
+
+class FixedPart(Part):
+    """Some samples of a `FixedSource`."""
+
+    def caption(self, i: int) -> str:
+        return self.source.caption(self.samples[i])
+
+    def stamp(self, i: int) -> str:
+        return self.source.stamp(self.samples[i])
+
+
+def part_of(source: Source, held_out: int, validation: bool) -> Part:
+    """`held_out` samples for validation, or all others. Which ones follows from the hashes of their names alone, so
+    that a few more pictures exchange few of them.
+
+    Raises WuerstchenError if none would be left to learn from.
+    """
+    if held_out >= len(source):
+        raise WuerstchenError(
+            f"held_out is {held_out}: there are only {len(source)} pictures, and some must be learned"
+        )
+    numbers = sorted(
+        range(len(source)), key=lambda i: hashlib.blake2b(source.key(i).encode("utf-8", "replace")).digest()
+    )
+    chosen = sorted(numbers[:held_out] if validation else numbers[held_out:])
+    return (FixedPart if isinstance(source, FixedSource) else Part)(source, chosen)
 
 
 Recogniser = Callable[[str], Source | None]

@@ -4,12 +4,15 @@ import logging
 import os
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from ...util.atomic import replacing
 from ...util.errors import WuerstchenError, first_line
+
+NUMBERED = "checkpoint-"
 
 log = logging.getLogger(__name__)
 
@@ -19,21 +22,42 @@ class Damaged(Exception):
 
 
 class Checkpoints:
-    """`checkpoint.pt` and `checkpoint-before.pt` in a run's folder; only the lock's holder changes them."""
+    """`checkpoint.pt` and `checkpoint-before.pt` in a run's folder; only the lock's holder changes them.
 
-    def __init__(self, folder: Path):
+    `keep` is how many there are, two at least: older ones are `checkpoint-0001000.pt`, by their steps.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder, self.keep = folder, keep
         self.last = folder / "checkpoint.pt"
         self.before = folder / "checkpoint-before.pt"
         self.bad = folder / "checkpoint-bad.pt"
 
     def write(self, state: dict) -> None:
         """Makes `state` the last checkpoint, whole and on the disk, and the last one the one before. Raises OSError."""
+        self._put_by()
         with replacing(self.last, keep=self.before) as partial:
             try:
                 torch.save(state, partial)
             except RuntimeError:
                 _ask_why(partial)
                 raise
+
+    def _put_by(self) -> None:
+        """Names the one before by its step, if more than two are to be kept, and deletes those that are too old."""
+        if self.keep <= 2:
+            return
+        if self.before.exists():
+            with suppress(Damaged):
+                older = self.folder / f"{NUMBERED}{_read(self.before)['step']:07}.pt"
+                older.unlink(missing_ok=True)
+                try:
+                    os.link(self.before, older)
+                except OSError:  # the disk has no hard links
+                    os.replace(self.before, older)
+        numbered = {int(path.stem[len(NUMBERED) :]): path for path in self.folder.glob(f"{NUMBERED}[0-9]*.pt")}
+        for step in sorted(numbered)[: -(self.keep - 2)]:
+            numbered[step].unlink(missing_ok=True)
 
     def read(self) -> dict:
         """The last checkpoint, on the CPU, mapped into memory. Raises Damaged."""

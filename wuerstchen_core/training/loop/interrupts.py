@@ -4,6 +4,9 @@ import sys
 import threading
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -49,6 +52,22 @@ class Interrupts:
         for other in SIGNALS:
             signal.signal(other, signal.SIG_DFL)
         _tell("stopping after this step, and saving; once more to end at once")
+
+
+class Agreement:
+    """Whether any of a run's processes was asked to stop. It goes from CPU to CPU: nothing waits for the device."""
+
+    def __init__(self, processes: int):
+        self._alone = processes == 1
+        self._group = None if self._alone or dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+    def any(self, asked: bool) -> bool:
+        """The same in all processes, which must all call it."""
+        if self._alone:
+            return asked
+        flag = torch.tensor(float(asked))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return flag.item() > 0
 
 
 def _tell(message: str) -> None:

@@ -3,9 +3,12 @@
 import logging
 import math
 import threading
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil  # accelerate needs it as well
 import torch
 from einops import rearrange
 from PIL import Image
@@ -31,6 +34,8 @@ class Monitor:
     def __init__(self, folder: Path, first: int, steps: int, is_main: bool):
         self.folder, self.first, self.steps, self.is_main = folder, first, steps, is_main
         self._smooth: float | None = None
+        self._counted = 0
+        self._since = time.perf_counter()
 
     def __enter__(self) -> "Monitor":
         self._bar = tqdm(
@@ -62,17 +67,35 @@ class Monitor:
             ) from error
         return SummaryWriter(str(self.folder / "logs"), purge_step=self.first + 1 if self.first else None)
 
-    def progress(self, loss: float) -> None:
-        self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
-        self._bar.set_postfix(loss=f"{self._smooth:.4f}", refresh=False)
+    def advance(self) -> None:
+        """One more step is under way."""
+        self._counted += 1
         self._bar.update()
 
-    def log(self, step: int, losses: dict[str, float], norm: float, rate: float) -> None:
-        if self._writer is None:
-            return
-        values = {f"loss/{name}": loss for name, loss in losses.items()}
-        for name, value in (values | {"gradient_norm": norm, "learning_rate": rate}).items():
-            self._writer.add_scalar(name, value, step)
+    def report(self, losses: Sequence[float], pictures: int, device: torch.device) -> dict[str, float]:
+        """Shows the sums of the losses of the last steps, with `pictures` in each, all of which the device has done.
+
+        Returns the speed since the last report, or since `restart`, and the memory in use.
+        """
+        for loss in losses:
+            self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
+        steps = self._counted / max(time.perf_counter() - self._since, 1e-9)
+        seen = {"steps_per_second": steps, "pictures_per_second": steps * pictures, "memory_gib": _memory(device)}
+        self._bar.set_postfix_str(
+            f"loss={self._smooth:.4f}, {seen['pictures_per_second']:.3g} pictures/s, {seen['memory_gib']:.1f} GiB",
+            refresh=False,
+        )
+        self.restart()
+        return {f"speed/{name}": value for name, value in seen.items()}
+
+    def restart(self) -> None:
+        """From now on the time counts for the speed: what came since the last report was no training."""
+        self._counted, self._since = 0, time.perf_counter()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Writes out what was logged: a checkpoint's steps are to be in the logs."""
@@ -103,6 +126,13 @@ class Monitor:
         except OSError as error:
             raise WuerstchenError(f"{path}: could not be written ({error.strerror or error})") from error
         self._writer.add_image("samples", grid.numpy(), step, dataformats="HWC")
+
+
+def _memory(device: torch.device) -> float:
+    """GiB: the most that was in use on a GPU, or what this process has of the computer's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / (1 << 30)
+    return psutil.Process().memory_info().rss / (1 << 30)
 
 
 def _without_tensorboard(hook):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.options import DataOptions
+from ..data.shard_index import are_indexed
 from ..data.shards import expand, is_shard
 from ..data.sources import FolderSource, Source
 
@@ -19,9 +20,12 @@ LOOKED_AT = 20_000  # samples whose sizes and captions are looked at; the names 
 def facts(data: DataOptions) -> dict[str, Any]:
     """Name -> what it is now. Raises WuerstchenError where there is no such data."""
     source = data.source
-    kept = {"size": data.size, "buckets": data.buckets, "batch": data.batch}
+    kept = {"size": data.size, "buckets": data.buckets, "batch": data.batch, "held_out": data.held_out}
     if isinstance(source, str) and is_shard(source) and not os.path.isdir(source):
-        return kept | {"data": _of_shards(expand(source)), "workers": max(1, data.workers)}
+        urls = expand(source)
+        bounds = [data.min_side, data.min_aesthetic, data.max_watermark, data.max_unsafe]
+        kept |= {"data": _of_shards(urls), "filters": bounds}
+        return kept if are_indexed(urls) else kept | {"workers": max(1, data.workers)}
     return kept | {"data": _of_source(FolderSource(source, data.caption_key) if isinstance(source, str) else source)}
 
 
@@ -34,6 +38,8 @@ def tell_changes(folder: Path, step: int, before: Mapping[str, Any], now: Mappin
     total = [kept.get("batch", 0) * kept.get("processes", 0) for kept in (before, now)]
     if "workers" not in now and total[0] == total[1] and set(changed) <= {"batch", "processes"}:
         effect = "its batches are still those that it would have had"
+    elif "workers" not in now and set(changed) <= {"batch", "processes", "accumulate"}:
+        effect = "its batches have another size, and each sample is still seen once an epoch"
     else:
         effect = "its batches are no longer exactly those that it would have had"
     log.warning("%s: changed since its checkpoint of step %d: %s; %s", folder, step, told, effect)

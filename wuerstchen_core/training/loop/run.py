@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from torch import Tensor
 from ...util.errors import WuerstchenError, first_line, readable
 from ..data.feature_cache import FeatureCache
 from ..options import check_above_zero, check_at_least, check_shares, option
+from .blocks import checkpoint_blocks, compile_blocks
 from .draws import Draws
-from .gradient_checkpointing import checkpoint_blocks
-from .interrupts import Interrupts
+from .interrupts import Agreement, Interrupts
 from .lock import locked
 from .monitor import Monitor
+from .optimizer import MOMENTS
 from .state import RunState, together
 from .task import Task
 from .weights import unsharded
@@ -36,7 +37,7 @@ PRECISIONS = ("", "no", "fp16", "bf16")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OVERFLOWS = 100  # consecutive steps whose float16 gradients may overflow, until their scale is found
 
-Batches = Callable[[int, int, int], Iterator[dict]]  # (first, rank, world) -> what `data.open_batches` gives
+Batches = Callable[[list, int, int], Iterator[dict]]  # (seen, rank, world) -> what `data.open_batches` gives
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,24 @@ class Plan:
     learning_rate: float = option(1e-4, "AdamW's learning rate after the warm-up")
     warm_up: int = option(10_000, "steps in which the learning rate rises from 0 to its value")
     cool_down: float = option(0.0, "fraction of the steps, at the end, in which the learning rate falls to 0")
+    optimizer: str = option(
+        "adamw", "adamw, or adamw8bit: its state takes a quarter of the memory (needs bitsandbytes)"
+    )
+    beta1: float = option(0.9, "AdamW's decay of the mean of the gradients")
+    beta2: float = option(0.999, "AdamW's decay of the mean of their squares")
     weight_decay: float = option(0.01, "AdamW's weight decay")
+    decay_all: bool = option(False, "let biases and gains decay as well, as the authors did")
     gradient_norm: float = option(1.0, "maximum gradient norm (clipping)")
     accumulate: int = option(1, "batches per step (gradient accumulation)")
     ema_every: int = option(100, "steps between two updates of the average of the weights (EMA)")
     ema_decay: float = option(0.9, "EMA decay; at update n at most n / (10 + n)")
     save_every: int = option(1000, "steps between two checkpoints, each with the averaged weights as loadable files")
+    keep_checkpoints: int = option(2, "checkpoints that are kept, 2 at least; older ones are checkpoint-STEP.pt")
     sample_every: int = option(1000, "steps between two grids of samples; 0: none")
     log_every: int = option(10, "steps between two entries in tensorboard's logs")
     mixed_precision: str = option("", "no, fp16 or bf16; empty: as `accelerate launch` says, otherwise no")
+    tf32: bool = option(True, "compute float32 products on a GPU in TF32: several times as fast, and 10 bits precise")
+    compile: bool = option(False, "compile the networks' blocks (torch.compile): slow at first, faster from then on")
     gradient_checkpointing: bool = option(False, "recompute activations for the gradient: less memory, a third slower")
     dtype: str = option("float32", "precision of the weights in the loadable files: float32, float16 or bfloat16")
     seed: int = option(0, "seed of the initial weights, the order of the data and everything else that is random")
@@ -64,8 +74,13 @@ class Plan:
         check_at_least(1, self, "steps", "accumulate", "ema_every", "save_every", "log_every")
         check_at_least(0, self, "warm_up", "sample_every", "seed", "weight_decay")
         check_above_zero(self, "learning_rate", "gradient_norm")
+        check_at_least(2, self, "keep_checkpoints")
         check_shares(self, "cool_down", "ema_decay")
-        for name, known in (("mixed_precision", PRECISIONS), ("dtype", tuple(DTYPES))):
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise WuerstchenError(f"{name} is {getattr(self, name)}: it must be from 0 to below 1")
+        known_of = {"mixed_precision": PRECISIONS, "dtype": tuple(DTYPES), "optimizer": tuple(MOMENTS)}
+        for name, known in known_of.items():
             if getattr(self, name) not in known:
                 raise WuerstchenError(f"{name} is {getattr(self, name)!r}: take one of {', '.join(known).lstrip(', ')}")
 
@@ -87,6 +102,7 @@ def train(
     batches: Batches,
     cache: FeatureCache | None = None,
     facts: Callable[[], dict] = dict,
+    held_out: Callable[[], Iterator[dict]] | None = None,
 ) -> None:
     """Train `task` to the end of the plan, from where the last run in `folder` stopped.
 
@@ -95,9 +111,11 @@ def train(
     locks the folder; all of them read the checkpoint.
 
     Args:
-        batches: opens the data after its `first` batches, for one of the processes.
+        batches: opens the data for one of the processes, after what was `seen`: pairs (number of batches, pictures in
+            each of them in all processes together).
         cache: keeps what the task's frozen networks make of samples; the one that `batches` reads from.
         facts: what the batches depend on; a change since the checkpoint is told (see `record`).
+        held_out: opens the pictures on which the averaged weights' loss is measured at every checkpoint.
 
     Raises:
         WuerstchenError: another run is using the folder, a loss, a gradient or the weights are not finite, something
@@ -111,7 +129,8 @@ def train(
     with ExitStack() as stack:
         try:
             together(accelerator, lambda: stack.enter_context(_kept(folder)) and None)
-            _train(state, batches, cache)
+            stack.enter_context(_tf32(plan.tf32))
+            _train(state, batches, cache, held_out)
         except (RuntimeError, MemoryError) as error:
             explained = _explained(error, state)
             if explained is None:
@@ -130,7 +149,24 @@ def _kept(folder: Path) -> Iterator[None]:
         yield
 
 
-def _train(state: RunState, batches: Batches, cache: FeatureCache | None) -> None:
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Within the context NVIDIA GPUs may round the factors of float32 products to TF32; CPUs stay exact."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, cudnn.fp32_precision
+    matmul.fp32_precision = cudnn.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision, cudnn.fp32_precision = before
+
+
+def _train(
+    state: RunState,
+    batches: Batches,
+    cache: FeatureCache | None,
+    held_out: Callable[[], Iterator[dict]] | None,
+) -> None:
     task, plan, folder, accelerator = state.task, state.plan, state.folder, state.accelerator
     dtype = DTYPES[plan.dtype]
     first = state.resume()
@@ -140,18 +176,22 @@ def _train(state: RunState, batches: Batches, cache: FeatureCache | None) -> Non
         return
     if plan.gradient_checkpointing:
         checkpoint_blocks(task)
+    if plan.compile:
+        compile_blocks(task)
     model, optimizer = state.prepare()
-    stream = batches(first * plan.accumulate, accelerator.process_index, accelerator.num_processes)
+    stream = batches(state.seen, accelerator.process_index, accelerator.num_processes)
     is_launched = accelerator.num_processes > 1
     with (
         Monitor(folder, first, plan.steps, accelerator.is_main_process) as monitor,
         Interrupts(is_launched) as interrupts,
     ):
+        agreement = Agreement(accelerator.num_processes)
         learner = _Learner(task, model, optimizer, plan, accelerator, cache, state)
         for step in range(first, plan.steps):
             try:
                 micro_batches = [next(stream) for _ in range(plan.accumulate)]
             except (WuerstchenError, RuntimeError) as error:
+                learner.results()
                 if accelerator.num_processes == 1 and step > state.saved:
                     state.save(step, dtype, monitor)
                 if isinstance(error, WuerstchenError):
@@ -161,24 +201,56 @@ def _train(state: RunState, batches: Batches, cache: FeatureCache | None) -> Non
                     f"fewer --workers; {state.remains()}, and the same command goes on from there"
                 ) from error
             interrupts.defer_loaders()
-            losses, norm, stop = learner.step(step, micro_batches, interrupts)
+            learner.step(step, micro_batches)
+            monitor.advance()
             done = step + 1
-            monitor.progress(sum(losses.values()))
-            if done % plan.log_every == 0 or done == plan.steps:
-                with state.told(folder / "logs"):
-                    monitor.log(done, losses, norm, plan.rate(step))
+            stop = agreement.any(interrupts.asked)
+            logs = done % plan.log_every == 0 or done == plan.steps
+            saves = done % plan.save_every == 0 or done == plan.steps or stop
+            if logs or saves:
+                results = learner.results()
+                pictures = sum(len(batch["key"]) for batch in micro_batches) * accelerator.num_processes
+                speed = monitor.report([sum(losses.values()) for losses, _ in results], pictures, accelerator.device)
+                if logs:
+                    losses, norm = results[-1]
+                    values = {f"loss/{name}": loss for name, loss in losses.items()}
+                    values |= {"gradient_norm": norm, "learning_rate": plan.rate(step)}
+                    with state.told(folder / "logs"):
+                        monitor.log(done, values | speed)
             if done % plan.ema_every == 0:
                 state.average(plan.decay(done // plan.ema_every))
-            if done % plan.save_every == 0 or done == plan.steps or stop:
+            if saves:
                 state.save(done, dtype, monitor)
+                if held_out is not None and not stop:
+                    together(accelerator, partial(_validate, learner, state.shown(done), held_out, done, monitor))
             if plan.sample_every and not stop and (done % plan.sample_every == 0 or done == plan.steps):
                 together(accelerator, partial(monitor.samples, done, state.shown(done)))
+            if logs or saves:
+                monitor.restart()
             if stop and done < plan.steps:
                 raise KeyboardInterrupt(
                     f"stopped after step {done}, which {state.checkpoints.last} has: the same command goes on from "
                     "there"
                 )
     accelerator.print(f"{folder}: done; it has {', '.join(path.name for path in state.exported)}")
+
+
+@torch.no_grad()
+def _validate(
+    learner: "_Learner", shown: Task, held_out: Callable[[], Iterator[dict]], step: int, monitor: Monitor
+) -> None:
+    """Logs the means of the losses over the held-out pictures, each with the same noise every time."""
+    sums: dict[str, float] = {}
+    count = 0
+    for number, batch in enumerate(held_out()):
+        count += 1
+        draws = Draws("validation", step, len(batch["key"]), micro=number, device=learner.accelerator.device)
+        with learner.accelerator.autocast():
+            losses = shown(learner.featured(batch), draws)
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss.item()
+    with learner.state.told(learner.state.folder / "logs"):
+        monitor.log(step, {f"validation/{name}": total / count for name, total in sums.items()})
 
 
 def _explained(error: Exception, state: RunState) -> WuerstchenError | None:
@@ -191,8 +263,9 @@ def _explained(error: Exception, state: RunState) -> WuerstchenError | None:
         )
     if state.accelerator.num_processes > 1:
         if isinstance(error, dist.DistError) or any(name in told for name in ("gloo", "NCCL", "ncclInternal")):
+            reason = readable(first_line(error), 150)
             return WuerstchenError(
-                f"another process of this run has ended, or can't be reached ({first_line(error)}); {state.remains()}: "
+                f"another process of this run has ended, or can't be reached ({reason}); {state.remains()}: "
                 "once all of them have ended, the same command goes on from there"
             )
     return None
@@ -208,10 +281,10 @@ class _Learner:
     cache: FeatureCache | None
     state: RunState
     overflows: int = 0
+    waiting: list[tuple[int, list[str], Tensor]] = field(default_factory=list)  # steps whose results are on the device
 
-    def step(self, step: int, batches: list[dict], interrupts: Interrupts) -> tuple[dict[str, float], float, bool]:
-        """One update of the weights -> the losses and the gradient norm, averaged over all processes, and whether one
-        of them was asked to stop."""
+    def step(self, step: int, batches: list[dict]) -> None:
+        """One update of the weights. Nothing waits for the device: what has come out is known from `results`."""
         plan, accelerator = self.plan, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = plan.rate(step) * group["rate"]
@@ -220,39 +293,55 @@ class _Learner:
         for i, batch in enumerate(batches):
             is_last = i == plan.accumulate - 1
             with nullcontext() if is_last else accelerator.no_sync(self.model):
-                own = self._forward(step, step * plan.accumulate + i, batch)
+                own = self._forward(step, batch)
                 accelerator.backward(sum(own.values()))
             for name, loss in own.items():
                 sums[name] = sums.get(name, 0) + loss.detach().float() / plan.accumulate
         norm = unsharded(accelerator.clip_grad_norm_(self.model.parameters(), plan.gradient_norm))
-        seen = torch.stack([*sums.values(), norm.to(accelerator.device).float()])
-        seen = torch.cat([seen, seen.new_tensor([float(interrupts.asked)])])
-        *values, norm, stop = accelerator.reduce(seen, "mean").tolist()
-        losses = dict(zip(sums, values, strict=True))
-        self._check(step, losses, norm)
+        self.waiting.append((step, list(sums), torch.stack([*sums.values(), norm.to(accelerator.device).float()])))
         try:
             self.optimizer.step()
         except (RuntimeError, OverflowError) as error:
             if "overflow" not in str(error):
                 raise
             raise self.state.failure(step + 1, "the update of its weights overflows") from error
-        return losses, norm, stop > 0
 
-    def _forward(self, step: int, micro: int, batch: dict) -> dict[str, Tensor]:
-        accelerator, seed = self.accelerator, self.plan.seed
+    def results(self) -> list[tuple[dict[str, float], float]]:
+        """The losses and the gradient norm of each step since the last call, averaged over all processes.
+
+        Raises WuerstchenError, in all processes, if they are not finite.
+        """
+        if not self.waiting:
+            return []
+        waiting, self.waiting = self.waiting, []
+        rows = self.accelerator.reduce(torch.stack([row for _, _, row in waiting]), "mean").tolist()
+        found = []
+        for (step, names, _), (*values, norm) in zip(waiting, rows, strict=True):
+            losses = dict(zip(names, values, strict=True))
+            self._check(step, losses, norm)
+            found.append((losses, norm))
+        return found
+
+    def _forward(self, step: int, batch: dict) -> dict[str, Tensor]:
+        accelerator, seed, state = self.accelerator, self.plan.seed, self.state
         rank, world = accelerator.process_index, accelerator.num_processes
+        micro = sum(count for count, _ in state.seen)
         torch.manual_seed(hash((seed, micro, rank)))  # of dropout
-        draws = Draws(seed, step, len(batch["key"]), micro=micro, rank=rank, world=world, device=accelerator.device)
+        count = len(batch["key"])
+        first = sum(batches * pictures for batches, pictures in state.seen) + rank * count
+        draws = Draws(seed, step, count, micro=micro, first=first, device=accelerator.device)
+        state.count(world * count)
         with accelerator.autocast():
-            return self.model(self._featured(batch), draws)
+            return self.model(self.featured(batch), draws)
 
     @torch.no_grad()
-    def _featured(self, batch: dict) -> dict:
+    def featured(self, batch: dict) -> dict:
         """The batch on the device with its features, which are rounded to float16 whether cached or not."""
         device = self.accelerator.device
         batch = dict(batch)
         if "image" in batch:
-            batch["image"] = batch["image"].to(device)
+            image = batch["image"].to(device, non_blocking=True)
+            batch["image"] = image if image.is_floating_point() else image.float() / 255
         if "features" in batch:
             features = batch["features"]
         else:
@@ -261,7 +350,7 @@ class _Learner:
                 self.cache.write(batch["address"], features)
         return batch | {
             "features": {
-                name: value.to(device).float() if value.is_floating_point() else value.to(device)
+                name: value.to(device, torch.float32 if value.is_floating_point() else None, non_blocking=True)
                 for name, value in features.items()
             }
         }
@@ -302,8 +391,8 @@ def _accelerator(plan: Plan, task: Task):
 
 
 def _set_up_sharding(plugin) -> None:
-    """FSDP2 as a task needs it: one unit, because its networks are called part by part; weights in the mixed precision;
-    inputs, losses and the sum of gradients in float32."""
+    """FSDP2 as a task needs it: a unit for each block (`shard_blocks`) and one for the rest; weights in the mixed
+    precision; inputs, losses and the sum of gradients in float32."""
     if plugin.fsdp_version != 2:
         raise WuerstchenError("sharded training needs FSDP2: set fsdp_version to 2 (accelerate config)")
     plugin.auto_wrap_policy = None

@@ -12,26 +12,32 @@ from torch import Tensor, nn
 from ...util.atomic import remove_partials
 from ...util.errors import WuerstchenError, first_line
 from . import record
+from .blocks import shard_blocks
 from .checkpoint import Checkpoints, Damaged
+from .optimizer import MOMENTS, optimizer_for
 from .task import Task
 from .weights import all_finite, averaging_copy, differing, gathered, move_average, sharded
 
-KEYS = {"task": str, "step": int, "weights": dict, "averaged": dict, "optimizer": dict, "scaler": object, "run": dict}
-MOMENTS = ("exp_avg", "exp_avg_sq")
+KEYS = {
+    "task": str, "step": int, "seen": list, "weights": dict, "averaged": dict, "optimizer": dict, "scaler": object,
+    "run": dict,
+}  # fmt: skip
 
 
 class RunState:
     """The state of a run and the folder that keeps it; only the main process writes there, and it holds its lock.
 
     `averaged`, on the main process alone, is a copy of the task with the averaged weights. `saved` is the last step
-    that the checkpoint has. `facts` gives what the batches depend on (see `record`); it is asked there, too.
+    that the checkpoint has. `seen` is what the run has been given: pairs (number of batches, pictures in each of them
+    in all processes together). `facts` gives what the batches depend on (see `record`); it is asked there, too.
     """
 
     def __init__(self, task: Task, plan, folder: Path, accelerator, facts: Callable[[], Mapping[str, Any]]):
         self.task, self.plan, self.folder, self.accelerator, self._facts = task, plan, folder, accelerator, facts
         self.name = type(task).__name__  # sharding gives it another
-        self.checkpoints = Checkpoints(folder)
+        self.checkpoints = Checkpoints(folder, plan.keep_checkpoints)
         self.saved = 0
+        self.seen: list[list[int]] = []
         self.exported: list[Path] = []
         self.averaged: Task | None = None
         self._optimizer_state: dict[str, dict] | None = None
@@ -53,6 +59,7 @@ class RunState:
             )
         if state is not None:
             _load(self.task, state["weights"])
+            self.seen = state["seen"]
             self._optimizer_state, self._scaler_state = state["optimizer"], state["scaler"]
         self.task.to(self.accelerator.device)
         self.task.train()
@@ -67,21 +74,27 @@ class RunState:
         """The model to call and its optimizer, as accelerate wraps them."""
         if self.accelerator.num_processes > 1 and self.accelerator.device.type != "cpu":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.task)  # torch has none for the CPU
-        trained = {name: parameter for name, parameter in self.task.named_parameters() if parameter.requires_grad}
-        rates = {name: self.task.rate(name) for name in trained}
-        self._names = sorted(trained, key=lambda name: rates[name])  # as the optimizer numbers them
-        groups = [
-            {"params": [trained[name] for name in self._names if rates[name] == rate], "rate": rate}
-            for rate in sorted(set(rates.values()))
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.plan.learning_rate, weight_decay=self.plan.weight_decay)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            shard_blocks(self.task, plugin)
+        self._names, optimizer = optimizer_for(self.task, self.plan, self.accelerator.device)
         self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
+        if plugin is not None:  # accelerate takes the weights of which a process has nothing for one another
+            parameters, names = dict(self.task.named_parameters()), iter(self._names)
+            for group in self.optimizer.param_groups:
+                group["params"] = [parameters[name] for _, name in zip(group["params"], names, strict=False)]
         if self._optimizer_state is not None:
             self._load_optimizer(self._optimizer_state)
         if self._scaler_state is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
         self._optimizer_state = self._scaler_state = None
         return self.model, self.optimizer
+
+    def count(self, pictures: int) -> None:
+        """One more batch was given, of `pictures` in all processes together."""
+        if not self.seen or self.seen[-1][1] != pictures:
+            self.seen.append([0, pictures])
+        self.seen[-1][0] += 1
 
     def average(self, decay: float) -> None:
         """Updates the averaged weights: decay * average + (1 - decay) * weights."""
@@ -120,6 +133,7 @@ class RunState:
             state = {
                 "task": self.name,
                 "step": step,
+                "seen": self.seen,
                 "weights": weights,
                 "averaged": {name: tensor.detach() for name, tensor in self.averaged.learned().items()},
                 "optimizer": optimizer,
@@ -197,7 +211,7 @@ class RunState:
         """Whether all is finite that a checkpoint keeps; one synchronisation with the device."""
         tensors = [
             *self.task.learned().values(),
-            *(kept[name] for kept in self.optimizer.state.values() for name in MOMENTS),
+            *(kept[name] for kept in self.optimizer.state.values() for name in MOMENTS[self.plan.optimizer]),
         ]
         if self.averaged is not None:
             tensors += self.averaged.learned().values()
@@ -213,6 +227,7 @@ class RunState:
             "seed": self.plan.seed,
             "accumulate": self.plan.accumulate,
             "processes": self.accelerator.num_processes,
+            "optimizer": self.plan.optimizer,
             **self._facts(),
         }
         self.checkpoints.recover(self._check)
@@ -235,6 +250,12 @@ class RunState:
                 f"{self.checkpoints.last}: the checkpoint of a {state['task'][:80]}, not of a {self.name}: train in "
                 "another folder"
             )
+        optimizer = state["run"].get("optimizer", self.plan.optimizer)
+        if optimizer != self.plan.optimizer:
+            raise WuerstchenError(
+                f"{self.checkpoints.last}: it holds the state of the optimizer {optimizer!s:.20}, not of "
+                f"{self.plan.optimizer}: go on with --optimizer {optimizer!s:.20}, or train in another folder"
+            )
         learned = self.task.learned()
         for name, here, there in differing(learned, state["weights"]):
             raise WuerstchenError(
@@ -246,10 +267,12 @@ class RunState:
         trained = {name: tensor for name, tensor in learned.items() if tensor.requires_grad}
         tensors = [*state["weights"].values(), *state["averaged"].values()]
         for name, kept in state["optimizer"].items():
-            expected = {moment: trained[name] for moment in MOMENTS} if name in trained else {}
-            if not isinstance(kept, dict) or any(differing(expected | {"step": torch.zeros(())}, kept)):
+            moments = MOMENTS[self.plan.optimizer]
+            expected = {moment: trained[name] for moment in moments} if name in trained else {}
+            held = {moment: kept.get(moment) for moment in moments} if isinstance(kept, dict) else {}
+            if not held or "step" not in kept or any(differing(expected, held)):
                 raise Damaged(f"its optimizer's state of {name[:80]} has other shapes")
-            tensors += kept.values()
+            tensors += held.values()
         if state["step"] < 0 or not all_finite(tensors):
             raise Damaged("not all of it is finite")
 

@@ -41,7 +41,7 @@ from .conditioning import (
     weight_file,
 )
 from .initialise import initialise
-from .losses import diffusion_loss, times_of
+from .losses import check_weight, diffusion_loss, times_of
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,12 @@ class Options:
     zeroed: float = option(0.05, "share of semantic latents replaced by zero, which guidance needs")
     noised: float = option(0.3, "share of semantic latents with added noise, as Stage C's are not perfect either")
     noised_until: float = option(0.5, "latest time of the noise added to them")
+    loss_weight: str = option(
+        "p2", "weight of a noise level in the loss: p2, min-snr or v, the squared error of v (v-prediction)"
+    )
+    min_snr_gamma: float = option(5.0, "for min-snr: weight min(gamma, signal-to-noise ratio) / signal-to-noise ratio")
     p2_k: float = option(
-        1.0, "P2 weight 1 / (k + signal-to-noise ratio): a smaller k gives the noisiest times more weight"
+        1.0, "for p2: weight 1 / (k + signal-to-noise ratio): a smaller k gives the noisiest times more weight"
     )
     high_noise: float = option(
         0.0, "share of the noise levels drawn from the noisiest alone, where the condition decides"
@@ -90,7 +94,8 @@ class Options:
         check_shares(self, "caption_drop", "text_absent", "zeroed", "noised", "noised_until", "high_noise")
         if self.zeroed + self.noised > 1:
             raise WuerstchenError("zeroed and noised are shares of the same latents: together 1 at most")
-        check_above_zero(self, "p2_k")
+        check_above_zero(self, "p2_k", "min_snr_gamma")
+        check_weight(self.loss_weight)
         check_at_least(0, self, "largest_error", "sample_count")
         check_at_least(1, self, "sample_steps")
         check_precision(self.frozen_precision)
@@ -135,6 +140,13 @@ def build(options: Options, data: DataOptions) -> "StageBTask":
             f"init: this Stage B is for {network.config.latent_space}, but the compressor's is "
             f"{compressor.config.latent_space}"
         )
+    if not any(network.config.semantic):
+        if options.train_compressor:
+            raise WuerstchenError(
+                "train_compressor: this Stage B reads no semantic latent (network.semantic): set false"
+            )
+        if encoder is None:
+            raise WuerstchenError("text_encoder is empty, and this Stage B reads no semantic latent either: name one")
     if options.text_absent > 0 or not options.text_encoder:
         network.config = dataclasses.replace(network.config, text_absent=True)
     task = StageBTask(network, compressor, stage_a, encoder, options, data)
@@ -154,6 +166,8 @@ class StageBTask(Task):
     """`network` learns to predict the noise in a picture's Stage A latent, given its semantic latent and caption.
 
     The semantic latent comes from the compressor, which is frozen or learns with it (`options.train_compressor`).
+    Without any level that reads it (`semantic` in the network's configuration) the network is a latent diffusion model
+    of a single stage, conditioned on text alone: the paper's baseline.
     """
 
     sampler = STAGE_B.sampler  # of the samples
@@ -173,6 +187,7 @@ class StageBTask(Task):
         self.compressor = compressor if options.train_compressor else None
         self.readers = Readers(stage_a, encoder, None if options.train_compressor else compressor)
         self.frozen = tuple(reader for reader in self.readers if reader is not None)
+        self.reads_semantic = any(network.config.semantic)
         self.leaves_out = encoder is None or options.text_absent > 0
         self.reads_captions = encoder is not None
         self.feature_key = options.frozen_precision
@@ -183,12 +198,13 @@ class StageBTask(Task):
             with torch.no_grad():
                 self.nothing = (encode_captions(encoder, [""]),)
         self.pictures: tuple[Tensor, ...] = ()
+        self.captions: list[str] = []
 
     def features(self, batch: dict) -> dict[str, Tensor]:
         image = batch["image"]
         with computed_in(self.options.frozen_precision, image.device):
             found = {"latent": self.readers.stage_a.encode(image)}
-            if self.readers.compressor is not None:
+            if self.readers.compressor is not None and self.reads_semantic:
                 found["semantic"] = self.readers.compressor(compressor_input(image))
             if self.read_captions is not None:
                 found["text"] = self.read_captions(batch["caption"])
@@ -196,11 +212,7 @@ class StageBTask(Task):
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         found = batch["features"]
-        if self.compressor is None:
-            semantic = found["semantic"]
-        else:
-            semantic = self.compressor(compressor_input(batch["image"]))
-        semantic = self.spoiled(semantic, draws)
+        semantic = self.semantic(batch, draws)
         text = None
         if "text" in found and draws.common.random() >= self.options.text_absent:
             text = drop_captions(found["text"], self.nothing[0], self.options.caption_drop, draws.uniform())
@@ -211,7 +223,16 @@ class StageBTask(Task):
         latent = found["latent"]
         t, noise = times_of(draws.uniform(), self.options.high_noise), draws.normal(latent.shape[1:])
         largest_error = self.options.largest_error or math.inf
-        return {"noise": diffusion_loss(predict, latent, self.options.p2_k, t, noise, largest_error)}
+        weight = self.options.loss_weight, self.options.min_snr_gamma
+        return {"noise": diffusion_loss(predict, latent, self.options.p2_k, t, noise, largest_error, *weight)}
+
+    def semantic(self, batch: dict, draws: Draws) -> Tensor:
+        found = batch["features"]
+        if not self.reads_semantic:
+            return found["latent"].new_zeros(len(found["latent"]), self.network.config.semantic_channels, 1, 1)
+        if self.compressor is None:
+            return self.spoiled(found["semantic"], draws)
+        return self.spoiled(self.compressor(compressor_input(batch["image"])), draws)
 
     def spoiled(self, semantic: Tensor, draws: Draws) -> Tensor:
         options, space = self.options, self.network.config.latent_space
@@ -228,12 +249,17 @@ class StageBTask(Task):
             return None
         device = self.network.clip_mapper.weight.device
         if not self.pictures:
-            self.pictures = (self.data.first_pictures(self.options.sample_count).permute(0, 2, 3, 1),)
+            batch = self.data.first_batch(self.options.sample_count)
+            self.pictures, self.captions = (batch["image"].permute(0, 2, 3, 1),), batch["caption"]
         image = self.pictures[0].to(device)
         compressor = self.compressor if self.readers.compressor is None else self.readers.compressor
         assert compressor is not None  # it is trained or frozen
         geometry = Geometry(width=image.shape[2], height=image.shape[1])
         semantic = compress(compressor, image)
-        latent = sample_stage_b(self.network, semantic, geometry, steps=self.options.sample_steps, sampler=self.sampler)
+        encoder = self.readers.encoder
+        text = None if encoder is None else encode_captions(encoder, self.captions)
+        latent = sample_stage_b(
+            self.network, semantic, geometry, text, steps=self.options.sample_steps, sampler=self.sampler
+        )
         drawn = decode(self.readers.stage_a, latent, geometry)
         return torch.stack([image, drawn], dim=1).flatten(0, 1)

@@ -7,7 +7,7 @@ from torch import nn
 from wuerstchen_core.models.stage_a import VQGAN, StageAConfig
 from wuerstchen_core.models.stage_b import DiffNeXt, StageBConfig
 from wuerstchen_core.models.stage_c import Prior, StageCConfig
-from wuerstchen_core.training.loop.gradient_checkpointing import checkpoint_blocks
+from wuerstchen_core.training.loop.blocks import checkpoint_blocks
 
 
 def networks():
