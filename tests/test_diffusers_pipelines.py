@@ -4,8 +4,6 @@ The sizes are those that diffusers gives exactly: multiples of 128. At others it
 on, or a picture of another size comes out.
 """
 
-import math
-
 import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler
@@ -21,13 +19,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import wuerstchen_core as w
 from tests.checkpoints.published import small_compressor
+from tests.pictures import psnr
 from tests.reference import clip_tokenizer, randomise, steps_of_diffusers
 from wuerstchen_core import pipeline
 from wuerstchen_core.diffusion import samplers
-
-
-def psnr(ours, theirs):
-    return -10 * math.log10((ours - theirs).square().mean().item())
 
 
 def text_model(width):

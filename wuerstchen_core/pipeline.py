@@ -399,6 +399,13 @@ class Wuerstchen:
         )
 
     @classmethod
+    def from_file(
+        cls, path: str | Path, device="cpu", dtype: torch.dtype | None = None, offload: bool | None = False
+    ) -> "Wuerstchen":
+        """A bundle: the whole set, and its distilled networks if it has any, in one file."""
+        return cls.from_folder(path, device, dtype, offload)
+
+    @classmethod
     def mini(cls, device="cpu", dtype: torch.dtype | None = None) -> "Wuerstchen":
         """The model in the repository: emoji at 256x256."""
         return cls.from_folder(MINI, device, dtype)

@@ -22,10 +22,6 @@ def apart(one, other):
     return distance(one["samples"], other["samples"])
 
 
-def psnr(image, other):
-    return -10 * torch.log10((image - other).square().mean()).item()
-
-
 def load_set(run, name, weight_dtype="default"):
     """A whole set on ComfyUI's sockets."""
     names = ("model_c", "clip_c", "model_b", "clip_b", "stage_a", "semantic")

@@ -12,8 +12,9 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 import wuerstchen_core as w
-from tests.comfyui.host import noise, psnr
+from tests.comfyui.host import noise
 from tests.comfyui.test_graphs import execute, read  # noqa: F401, a fixture
+from tests.pictures import psnr
 from wuerstchen_core.checkpoints.sets import SET
 from wuerstchen_core.cli import main
 from wuerstchen_core.util.pictures import read_picture

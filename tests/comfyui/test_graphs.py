@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import wuerstchen_core as w
 from tests import blueprints
-from tests.comfyui.host import psnr
+from tests.pictures import psnr
 from tests.reference import fill_zeros
 from wuerstchen_core.checkpoints.sets import MINI, SET
 from wuerstchen_core.models.stage_c import Prior, StageCConfig

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import wuerstchen_core as w
-from tests.comfyui.host import apart, psnr
+from tests.comfyui.host import apart
 from tests.nodes.inputs import QUICK_B, QUICK_C
+from tests.pictures import psnr
 from tests.reference import fill_zeros
 from wuerstchen_core.models.stage_c import Prior, StageCConfig
 

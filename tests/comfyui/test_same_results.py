@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.comfyui.host import apart, noise, picture, psnr
+from tests.comfyui.host import apart, noise, picture
+from tests.pictures import psnr
 from tests.reference import distance
 from wuerstchen_core import Geometry
 from wuerstchen_core.pipeline import compress, decode, encode, fit, preview, sample_stage_b, sample_stage_c

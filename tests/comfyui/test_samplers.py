@@ -33,11 +33,22 @@ def test_every_sampler_runs_with_every_scheduler(ksampler, stage_b, empty, sampl
         assert stage_b(empty(128, 128), **options)["samples"].isfinite().all()
 
 
+@pytest.mark.parametrize("scheduler", ["simple", "beta", "karras"])
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_3m_sde", "res_multistep", "uni_pc"])
-def test_multistep_samplers_are_finite_at_200_steps(ksampler, empty, sampler):
+def test_multistep_samplers_are_finite_at_200_steps(ksampler, empty, sampler, scheduler):
     """ComfyUI's own cosine schedule has steps of no length from about 156 on, by which these would divide."""
-    latent = ksampler(empty(128, 128), sampler_name=sampler, scheduler="simple", steps=200, cfg=1.0)
+    latent = ksampler(empty(128, 128), sampler_name=sampler, scheduler=scheduler, steps=200, cfg=1.0)
     assert latent["samples"].isfinite().all()
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_latents_of_the_mini_spread_as_they_should(call, minis, ksampler, empty, sampler, scheduler):
+    """Pictures' latents have a standard deviation of about 1.1; noise that is left, or taken twice, changes it."""
+    prompt = call("CLIPTextEncode", clip=minis.clip_c, text="red apple, noto style")
+    latent = ksampler(empty(), minis.model_c, prompt, prompt, sampler_name=sampler, scheduler=scheduler, steps=20,
+                      cfg=1.0)  # fmt: skip
+    assert 1.0 < latent["samples"].std() < 1.35
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "res_multistep", "uni_pc"])

@@ -35,7 +35,7 @@ NETWORKS = {
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="a folder with a set of weights (default: the mini)"
+        "--model", type=Path, metavar="FOLDER", help="a folder, or a bundle, of a set of weights (default: the mini)"
     )
     for role, what in NETWORKS.items():
         name = "text-encoder" if role == "text_encoder_c" else role.replace("_", "-")

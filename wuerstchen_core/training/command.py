@@ -51,7 +51,8 @@ def train(
 
     Args:
         stage: "text-encoder", "stage-a", "stage-b", "stage-c", "previewer", "lora" or "distill".
-        config: a TOML file of options, or "mini" or "v2", which are shipped. Without one, all others are the defaults.
+        config: a TOML file of options, or "mini", "v2", "paper" (then "paper-2", …) or "baseline", which are shipped.
+            Without one, all others are the defaults.
         folder: where the run keeps its checkpoints, weights, samples and logs (as in `config`, if not given).
         data: what it learns from: a folder of pictures with captions, or shards (as in `config`, if not given).
         options: all others by their names, which go before `config`'s. They are the fields of `DataOptions`
@@ -67,6 +68,12 @@ def train(
     classes, where, table = _options(stage, config, places | options)
     run_options, data_options, plan, own = read_all(classes, table, where)
     _train(_module(stage), run_options, data_options, plan, own)
+
+
+def configured(stage: str, config: str | Path) -> Any:
+    """The stage's own `Options` as a configuration has them. Raises WuerstchenError as `train` does."""
+    classes, where, table = _options(stage, config, {})
+    return read_all(classes, table, where)[-1]
 
 
 def run(stage: str, arguments: list[str]) -> None:
@@ -156,7 +163,11 @@ def _parsed(stage: str, arguments: list[str]) -> dict[str, str]:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", metavar="FILE", help="a TOML file of options; mini and v2 are shipped")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a TOML file of options; mini, v2, paper (then paper-2, …) and baseline are shipped",
+    )
     parser.add_argument(
         "--write-config", metavar="FILE", help="write all options with their help to a TOML file, and do not train"
     )

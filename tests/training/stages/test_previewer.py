@@ -1,7 +1,6 @@
-"""The linear preview against numpy, and the previewer's training."""
+"""The previewer's training, and the linear previewer that ships."""
 
 import itertools
-import random
 
 import numpy as np
 import pytest
@@ -11,51 +10,18 @@ from PIL import Image
 
 import wuerstchen_core as w
 from tests.conftest import SPACE
-from tests.previewers import SMALL, mapped, noise, pictures
+from tests.previewers import SMALL, mapped, pictures
 from wuerstchen_core.checkpoints.sets import LINEAR_PREVIEW, MINI
 from wuerstchen_core.cli import main
 from wuerstchen_core.mini.emoji import EmojiSet
-from wuerstchen_core.mini.linear_preview import linear_preview
+from wuerstchen_core.models.latent_space import LatentSpace
 from wuerstchen_core.models.previewer import Previewer, PreviewerConfig
+from wuerstchen_core.models.semantic_compressor import BackboneStage, SemanticCompressorConfig
 from wuerstchen_core.pipeline import compress, preview
 from wuerstchen_core.training.data.options import DataOptions
-from wuerstchen_core.training.stages.previewer import Options, build, fit_linear_preview, semantic, small
-
-# The linear preview
-
-
-def test_the_linear_preview_is_numpys_least_squares():
-    """Against numpy on all pixels of the pictures; latents whose channels have offsets and very different scales."""
-    scale, offset = 10.0 ** torch.linspace(-2, 2, 16), torch.linspace(-5, 5, 16)
-    latents = noise(7, 16, 3, 4) * scale[:, None, None] + offset[:, None, None]
-    targets = pictures(24, 32, batch=7) ** 2
-    fitted = fit_linear_preview(latents, targets)
-    rows = latents.double().repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
-    rows = rows.permute(0, 2, 3, 1).reshape(-1, 16).numpy()
-    rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
-    colours = mapped(targets).reshape(-1, 3).double().numpy()
-    expected = np.linalg.lstsq(rows, colours, rcond=None)[0]
-    ours = np.concatenate([fitted.layers[0].weight[:, :, 0, 0].numpy().T, fitted.layers[0].bias[None].numpy()])
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
-    assert not fitted.training and fitted.config == PreviewerConfig(widths=())
-
-
-def test_the_linear_preview_finds_a_linear_truth_from_few_positions_too():
-    truth = Previewer(PreviewerConfig(widths=())).requires_grad_(False)
-    latents = noise(5, 16, 6, 6)
-    fitted = fit_linear_preview(latents, truth(latents))
-    torch.testing.assert_close(fitted.state_dict(), truth.state_dict(), rtol=1e-4, atol=1e-5)
-    few = latents[:1, :, :2, :2]  # 4 positions for 17 unknowns
-    torch.testing.assert_close(fit_linear_preview(few, truth(few))(few), truth(few), rtol=1e-4, atol=1e-4)
-
-
-def test_the_emojis_linear_preview_is_the_fit_of_pictures_and_their_latents(emoji, tiny):
-    data, generator = EmojiSet(emoji), random.Random(5)
-    images = torch.stack([data.draw(generator.randrange(6), generator)[0] for _ in range(9)])
-    latents = compress(tiny.semantic_compressor, mapped(images))
-    expected = fit_linear_preview(latents, small(images))
-    fitted = linear_preview(data, tiny.semantic_compressor, count=9, seed=5)
-    torch.testing.assert_close(fitted(latents), expected(latents), rtol=1e-3, atol=1e-3)
+from wuerstchen_core.training.loop.draws import Draws
+from wuerstchen_core.training.stages.conditioning import compressor_input
+from wuerstchen_core.training.stages.previewer import Options, build, semantic, small
 
 
 def test_the_shipped_linear_preview_belongs_to_the_mini():
@@ -70,9 +36,6 @@ def test_the_shipped_linear_preview_belongs_to_the_mini():
     best = F.interpolate(F.avg_pool2d(target, 8), scale_factor=8)
     drawn = preview(previewer, compress(compressor, images)).permute(0, 3, 1, 2)
     assert F.mse_loss(drawn, best) < 0.1 * F.mse_loss(best, best.mean(dim=(2, 3), keepdim=True).expand_as(best))
-
-
-# Training
 
 
 @pytest.fixture
@@ -163,3 +126,57 @@ def test_shipped_configurations_name_known_options():
         network = read_all(classes, table, name)[-1].network
         assert config is None or network == config
         Previewer(network)
+
+
+SMALL_COMPRESSOR = SemanticCompressorConfig(
+    stem=8,
+    stages=(BackboneStage(True, 1, 2, 8, 1),) * 4,
+    features=16,
+    latent_space=LatentSpace(0.5, 2.0),
+)
+
+
+def test_a_compressor_is_trained_with_it(data_options):
+    """The loss is that of the small picture drawn from the compressor's latent in Stage C's space, with its noise."""
+    asked = {"semantic_compressor": "", "train_compressor": True, "compressor": SMALL_COMPRESSOR, "network": SMALL}
+    task = build(Options(**asked, latent_noise=0.3), data_options).eval()
+    image = pictures(64, 128)
+    features = task.features({"image": image, "caption": ["", ""]})
+    assert features.keys() == {"small"} and not task.feature_files and not task.frozen
+    loss = task({"image": image, "features": features}, Draws(1, 2, 2))["picture"]
+    latent = (task.compressor(compressor_input(image)) + 0.5) / 2 + 0.3 * Draws(1, 2, 2).normal((16, 2, 3))
+    expected = (task.network(latent) - small(image)).square().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in task.compressor.parameters())
+    assert task.exported().keys() == {"previewer", "semantic_compressor"}
+
+
+def test_a_trained_compressor_loads_and_goes_on(emoji, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny = [
+        "--compressor.stem",
+        "8",
+        "--compressor.stages",
+        "[[true,1,2,8,1],[true,1,2,8,1],[true,1,2,8,1],[true,1,2,8,1]]",
+    ]
+    arguments = ["train", "previewer", "--config", "mini", "--data", str(emoji), "--workers", "0", "--batch", "2",
+                 "--train-compressor", "true", "--sample-every", "0", "--network.widths", "[8, 8, 4, 4]",
+                 "--semantic-compressor"]  # fmt: skip
+    assert main([*arguments, "", "--steps", "2", *tiny, "--compressor.features", "16"]) == 0, capsys.readouterr().err
+    first = w.load_semantic_compressor("runs/previewer/semantic_compressor.safetensors")
+    assert first.config.stem == 8 and first.config.features == 16
+    more = ["runs/previewer/semantic_compressor.safetensors", "--steps", "1", "--folder", "on"]
+    assert main([*arguments, *more]) == 0, capsys.readouterr().err
+    second = w.load_semantic_compressor("on/semantic_compressor.safetensors")
+    assert second.config == first.config and not torch.equal(second.mapper[0].weight, first.mapper[0].weight)
+
+
+@pytest.mark.parametrize("asked, told", [
+    ({"semantic_compressor": ""}, "semantic_compressor: name a file, or train a new one"),
+    ({"latent_noise": 0.1}, "latent_noise is for a compressor that is trained"),
+    ({"latent_noise": -1.0, "train_compressor": True}, "latent_noise is -1"),
+])  # fmt: skip
+def test_options_of_the_compressor_that_contradict(asked, told):
+    with pytest.raises(w.WuerstchenError, match=told):
+        Options(**asked)

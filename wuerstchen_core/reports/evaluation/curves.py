@@ -207,7 +207,7 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     names = [name for name in rows[0] if name not in SETTINGS and not name.endswith(" ±")]
     pairs = [("CLIP score", "FID")] if {"CLIP score", "FID"} <= {*names} else []
     pairs += [(axis, name) for name in (*names[1:], "seconds")]
-    with plotted(path, panels=len(pairs), width=4.2) as panels:
+    with plotted(path, panels=len(pairs), width=4.5, height=3.2, columns=3) as panels:
         for panel, (x, y) in zip(panels, pairs, strict=True):
             for label, points in lines.items():
                 panel.plot([row[x] for row in points], [row[y] for row in points], marker="o", label=label)
