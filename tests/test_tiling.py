@@ -50,7 +50,9 @@ def test_tiles_give_what_the_whole_gives(stage_a, size, monkeypatch):
         largest.clear()
         torch.testing.assert_close(tiled(stage_a, given, 256), expected, rtol=0, atol=1e-5)
         assert max(largest) <= (64 + 10) ** 2 < rows * columns  # one picture at a time, and what surrounds a tile
-        assert torch.equal(tiled(stage_a, given, 0), expected)
+        alone = torch.cat([whole(one) for one in given.split(1)])
+        assert torch.equal(tiled(stage_a, given, 0), alone)  # on a CPU one picture after the other
+        torch.testing.assert_close(alone, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["decode", "encode"])

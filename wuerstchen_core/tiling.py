@@ -102,15 +102,18 @@ def _in_tiles(
     step_in, step_out = steps
     rows, columns = (side // step_in for side in whole.shape[2:])
     longest, least = max(rows, columns), SMALLEST // _factor(stage_a.config)
+    together = 1 if whole.device.type == "cpu" else len(whole)  # pictures; several don't fit into a processor's cache
     if tile is None:
         bytes_each = working_memory(stage_a.config, whole.element_size())
-        side = _fitting(rows * columns, len(whole), bytes_each, reach, free_memory(whole.device)) or longest
+        side = _fitting(rows * columns, together, bytes_each, reach, free_memory(whole.device)) or longest
     else:
         side = tile // _factor(stage_a.config) or longest
 
     def fill(side: int) -> Tensor:
         if side >= longest:
-            return result.copy_(method(stage_a, whole))
+            for pictures, filled in zip(whole.split(together), result.split(together), strict=True):
+                filled.copy_(method(stage_a, pictures))
+            return result
         for picture, filled in zip(whole.split(1), result.split(1), strict=True):
             for (top, bottom), (left, right) in product(_cuts(rows, side), _cuts(columns, side)):
                 above, before = max(0, top - reach), max(0, left - reach)

@@ -87,6 +87,7 @@ def test_pictures_are_written_and_drawn_where_they_are_missing(prompts, tiny_fol
         (["stages", "--prompts", "prompts.txt", "--distilled"], "no distilled networks"),
         (["stages", "--prompts", "prompts.txt", "--model", "none"], "none: not a whole set"),
         (["sweep", "--prompts", "prompts.txt"], "nothing to measure"),
+        (["sweep", "--prompts", "prompts.txt", "--real", "real", "--limit", "3"], "3 prompts: these figures need"),
         (["sweep", "--prompts", "prompts.txt", "--real", "none"], "none: there is no such folder"),
         (["sweep", "--prompts", "prompts.txt", "--clip", "none.pt"], "none.pt: there is no such file"),
         (["sweep", "--prompts", "prompts.txt", "--real", "real", "--clip-model", "x"], "add --clip FILE"),

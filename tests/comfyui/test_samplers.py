@@ -33,7 +33,7 @@ def test_every_sampler_runs_with_every_scheduler(ksampler, stage_b, empty, sampl
         assert stage_b(empty(128, 128), **options)["samples"].isfinite().all()
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", ["simple", "beta", "karras"])
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_3m_sde", "res_multistep", "uni_pc"])
 def test_multistep_samplers_are_finite_at_200_steps(ksampler, empty, sampler, scheduler):
     """ComfyUI's own cosine schedule has steps of no length from about 156 on, by which these would divide."""

@@ -4,7 +4,7 @@ import pytest
 
 from wuerstchen_core import WuerstchenError
 from wuerstchen_core.mini.emoji import EmojiSet
-from wuerstchen_core.mini.recognition import plain_prompts, recognition
+from wuerstchen_core.mini.recognition import check_prompts, plain_prompts, recognition
 
 
 def test_the_right_picture_counts_and_another_of_its_style_does_not(emoji):
@@ -21,7 +21,8 @@ def test_the_right_picture_counts_and_another_of_its_style_does_not(emoji):
 
 def test_what_names_no_emoji_is_refused(emoji):
     data = EmojiSet(emoji)
+    check_prompts(data, plain_prompts(data, 6))
     with pytest.raises(WuerstchenError, match="'a cat' names no emoji"):
-        recognition(data)([data.plain(0)], ["a cat"])
+        check_prompts(data, ["a cat"])
     with pytest.raises(WuerstchenError, match="--limit is 7"):
         plain_prompts(data, 7)

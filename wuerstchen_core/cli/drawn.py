@@ -102,13 +102,16 @@ def _emoji(options: argparse.Namespace):
 
 
 def _prompts(options: argparse.Namespace, emoji) -> list[str]:
-    from ..mini.recognition import plain_prompts
+    from ..mini.recognition import check_prompts, plain_prompts
     from ..reports.evaluation.reading import read_captions, read_prompts
 
     if options.prompts is None:
         return plain_prompts(emoji, options.limit or EMOJI_PROMPTS)
     read = read_captions if options.prompts.is_dir() else read_prompts
-    return read(options.prompts)[: options.limit]
+    prompts = read(options.prompts)[: options.limit]
+    if emoji is not None:
+        check_prompts(emoji, prompts)
+    return prompts
 
 
 def _geometry(options: argparse.Namespace, model):
@@ -190,6 +193,7 @@ def _sweep(options: argparse.Namespace) -> None:
         warm_up,
         write_csv,
     )
+    from ..reports.evaluation.figures import least_pictures
 
     _check(options, ".csv", ".png")
     measured = (options.real, options.inception, options.clip, options.pickscore, options.emoji)
@@ -205,6 +209,9 @@ def _sweep(options: argparse.Namespace) -> None:
     emoji = _emoji(options)
     prompts = _prompts(options, emoji)
     extractor = None if options.real is None and options.inception is None else _extractor(options)
+    least = least_pictures(options.real is not None, extractor)
+    if len(prompts) < least:
+        raise WuerstchenError(f"{len(prompts)} prompts: these figures need the pictures of at least {least}")
     scorers = _scorers(options, extractor, emoji)
     model = load_model(options)
     samplings, geometry = combinations(model, options.distilled, _given(options)), _geometry(options, model)

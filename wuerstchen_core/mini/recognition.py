@@ -20,21 +20,26 @@ def plain_prompts(emoji: EmojiSet, count: int) -> list[str]:
     return [_caption(emoji, i) for i in random.Random("plain prompts").sample(range(len(emoji)), count)]
 
 
+def check_prompts(emoji: EmojiSet, prompts: list[str]) -> None:
+    """Raises WuerstchenError for a prompt that is no plain caption, "<name>, <style> style"."""
+    known = {_caption(emoji, i) for i in range(len(emoji))}
+    unknown = [prompt for prompt in prompts if prompt not in known]
+    if unknown:
+        raise WuerstchenError(
+            f"--emoji: the prompt {readable(unknown[0], 100)!r} names no emoji of the data set: prompts must be like "
+            "'red apple, noto style', or leave --prompts out"
+        )
+
+
 def recognition(emoji: EmojiSet) -> Scorer:
     """1 where no plain picture of its style is nearer than that of the prompted emoji, else 0; the mean is top-1.
 
-    Raises WuerstchenError for a prompt that is no plain caption, "<name>, <style> style".
+    Captions are plain ones (`check_prompts`).
     """
     plain = torch.stack([thumbnail(emoji.plain(i)) for i in tqdm(range(len(emoji)), desc="plain", leave=False)])
     numbers = {_caption(emoji, i): i for i in range(len(emoji))}
 
     def score(images: list[Tensor], captions: list[str]) -> Tensor:
-        unknown = [caption for caption in captions if caption not in numbers]
-        if unknown:
-            raise WuerstchenError(
-                f"--emoji: the prompt {readable(unknown[0], 100)!r} names no emoji of the data set: prompts must be "
-                "like 'red apple, noto style', or leave --prompts out"
-            )
         pairs = zip(images, captions, strict=True)
         hits = [is_nearest(image.permute(1, 2, 0), numbers[caption], emoji, plain) for image, caption in pairs]
         return torch.tensor(hits).float()

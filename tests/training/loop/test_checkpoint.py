@@ -208,3 +208,18 @@ def test_before_the_first_average_what_is_exported_are_the_weights(tmp_path):
         assert not torch.equal(averaged["network.0.weight"], load(folder)["weights"]["network.0.weight"])
     ours, theirs = load(tmp_path)["averaged"], load(tmp_path / "whole")["averaged"]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_as_many_checkpoints_are_kept_as_the_plan_says(tmp_path):
+    run_toy(tmp_path, steps=40, save_every=5, keep_checkpoints=4)
+    numbered = sorted(path.name for path in tmp_path.glob("checkpoint-0*.pt"))
+    assert numbered == ["checkpoint-0000025.pt", "checkpoint-0000030.pt"]
+    assert [load(tmp_path, name)["step"] for name in numbered] == [25, 30]
+    assert load(tmp_path)["step"] == 40 and load(tmp_path, "checkpoint-before.pt")["step"] == 35
+    os.replace(tmp_path / numbered[0], tmp_path / "checkpoint.pt")
+    run_toy(tmp_path, steps=30, save_every=5, keep_checkpoints=4)
+    assert load(tmp_path)["step"] == 30
+    whole = tmp_path / "whole"
+    run_toy(whole, steps=30, save_every=5)
+    assert torch.equal(load(tmp_path)["weights"]["network.0.weight"], load(whole)["weights"]["network.0.weight"])
+    assert not list(whole.glob("checkpoint-0*.pt"))

@@ -70,3 +70,25 @@ def test_no_error_is_limited_unless_a_limit_is_given():
     limited = loss(largest_error=20.0)
     assert limited.item() == pytest.approx((1 + 4 + 20) / 3 * weight, rel=1e-5)
     torch.testing.assert_close(torch.autograd.grad(limited, off)[0], torch.tensor([2.0, 4.0, 0.0]) / 3 * weight)
+
+
+@pytest.mark.parametrize("weight", ["p2", "min-snr", "v"])
+def test_the_losses_weights_are_those_of_their_papers(weight):
+    """In float64; the error of v is that of v itself."""
+    torch.manual_seed(0)
+    t = torch.tensor([0.05, 0.2, 0.4, 0.6, 0.8, 1.0], dtype=torch.float64)
+    clean, noise, off = (torch.randn(6, 3, 4, 4, dtype=torch.float64) for _ in range(3))
+    a = alpha_bar(t)[:, None, None, None]
+    snr = (a / (1 - a)).flatten()
+    assert (snr > 5).any() and (snr < 5).any()
+    x = a.sqrt() * clean + (1 - a).sqrt() * noise
+    error = off.square().flatten(1).mean(dim=1)
+    if weight == "v":
+        found = (x - (1 - a).sqrt() * (noise + off)) / a.sqrt()  # the clean latent, by the predicted noise
+        v = a.sqrt() * noise - (1 - a).sqrt() * clean
+        expected = (a.sqrt() * (noise + off) - (1 - a).sqrt() * found - v).square().mean()
+    else:
+        weights = 1 / (0.3 + snr) if weight == "p2" else torch.minimum(snr, torch.tensor(5.0)) / snr
+        expected = (error * weights).mean()
+    loss = diffusion_loss(lambda x, t: (noise + off).double(), clean, 0.3, t, noise, weight=weight, gamma=5.0)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)  # the error is taken in float32

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 import wuerstchen_core as w
 from tests.training.runs import free_port, logged, process, run_stages
@@ -33,7 +34,7 @@ def test_two_processes_and_one_agree_in_the_first_loss(place, tiny_folder):
     for stage, options in runs(tiny_folder, place / "one", 4).items():
         w.train(stage, **options)
     for rank in ranks:
-        rank.join(timeout=120)
+        rank.join(timeout=300)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     for stage in runs(tiny_folder, "", 1):
         one, two = logged(place / "one" / stage), logged(place / "two" / stage)
@@ -41,3 +42,31 @@ def test_two_processes_and_one_agree_in_the_first_loss(place, tiny_folder):
         for tag, steps in one.items():
             assert two[tag][1] == pytest.approx(steps[1], rel=1e-5), (stage, tag)
         assert os.path.getsize(place / "two" / stage / "checkpoint.pt") > 1000
+
+
+def test_two_processes_that_share_the_blocks_weights_have_the_gradients_of_one(place, tiny_folder):
+    """FSDP2, block by block: AttnBlocks and Stage B's ResBlocks are also called outside of their forward passes."""
+
+    def both(folder, batch):
+        common = {"steps": 2, "learning_rate": 1e-5, "gradient_checkpointing": True}
+        stages = runs(tiny_folder, folder, batch)
+        stages["stage-c"]["init"] = str(tiny_folder / SET["stage_c"])
+        return {stage: {**stages[stage], **common} for stage in ("stage-c", "stage-b")}
+
+    port = free_port()
+    ranks = [process(run_stages, rank, port, both(place / "two", 2), True) for rank in range(2)]
+    for stage, options in both(place / "one", 4).items():
+        w.train(stage, **options)
+    for rank in ranks:
+        rank.join(timeout=300)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    for stage in both("", 1):
+        one, two = (
+            torch.load(place / folder / stage / "checkpoint.pt", weights_only=True)["optimizer"]
+            for folder in ("one", "two")
+        )
+        assert one.keys() == two.keys()
+        largest = max(kept["exp_avg"].abs().max() for kept in one.values())
+        for name, kept in one.items():
+            error = (two[name]["exp_avg"] - kept["exp_avg"]).abs().max()
+            assert error < 1e-3 * kept["exp_avg"].abs().max() + 1e-6 * largest, (stage, name)

@@ -14,6 +14,7 @@ from ...util.errors import WuerstchenError, readable
 NEIGHBOURS = 3  # of precision and recall
 SUBSETS, SUBSET = 100, 1000  # of KID
 SPLITS = 10  # of the Inception Score
+LEAST = 4  # pictures of each set that KID, precision and recall need
 ROWS = 1024  # pictures whose distances to all others are in memory at once
 
 
@@ -55,7 +56,7 @@ def kid(real: Tensor, generated: Tensor, subsets: int = SUBSETS, subset: int | N
     time. Raises WuerstchenError if a set has fewer than 4 pictures, or torchmetrics is missing.
     """
     least = min(len(real), len(generated))
-    _check(real, generated, 4)
+    _check(real, generated, LEAST)
     with _torchmetrics():
         from torchmetrics.image.kid import KernelInceptionDistance
 

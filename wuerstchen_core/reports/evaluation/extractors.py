@@ -25,13 +25,15 @@ class Extractor(nn.Module):
     """Pictures -> features.
 
     `side` is the side in pixels that pictures are resized to, `num_features` the number of features, `about` one line
-    on where they come from, and `comparable` whether figures of these features may be compared with those of papers.
+    on where they come from, `comparable` whether figures of these features may be compared with those of papers, and
+    `classifies` whether there are logits.
     """
 
     side: int
     num_features: int
     about: str
     comparable = False
+    classifies = False
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, side, side) in [0, 1] -> (B, num_features)"""
@@ -72,6 +74,7 @@ class InceptionFeatures(Extractor):
     side = 299
     num_features = 2048
     comparable = True
+    classifies = True
 
     def __init__(self, about: str = ""):
         super().__init__()

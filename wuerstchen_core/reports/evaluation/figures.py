@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..plots import plotted
-from .distances import fid, inception_score, kid, precision_recall
+from .distances import LEAST, SPLITS, fid, inception_score, kid, precision_recall
 from .extractors import Extractor
 from .reading import Scored
 
@@ -30,6 +30,13 @@ def figures(generated: Scored, real: Scored | None, extractor: Extractor | None)
     for name, title in TITLES.items():
         if name in generated.values:
             yield Figure(title, *_mean(generated.values[name]), "deviation over pictures")
+
+
+def least_pictures(compared: bool, extractor: Extractor | None) -> int:
+    """How many generated pictures `figures` needs; `compared`: whether with real ones."""
+    if extractor is None:
+        return 1
+    return max(LEAST if compared else 1, SPLITS if extractor.classifies else 1)
 
 
 def _of_features(features: Tensor, real: Scored | None, extractor: Extractor) -> Iterator[Figure]:

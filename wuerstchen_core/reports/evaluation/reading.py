@@ -147,7 +147,7 @@ def score(
     if count is not None and limit is not None:
         count = min(count, limit)
     if prompts is not None and (len(prompts) < (count or 0) or limit is None and len(prompts) != count):
-        raise _unmatched(data, prompts, "there are more or fewer pictures")
+        raise _unmatched(data, prompts, f"there are {count}")
     wanted = islice(stream, limit)
 
     def own() -> list[tuple[int, Scored]]:

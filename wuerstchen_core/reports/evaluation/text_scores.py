@@ -35,7 +35,8 @@ def clip_score(path: str | Path, name: str, device: str = "cpu") -> Score:
         tokenize = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip raises nearly anything for a file of other weights
         raise WuerstchenError(
-            f"{path}: not weights of open_clip's {name}, which --clip-model names ({readable(first_line(error), 150)})"
+            f"{path}: not weights of open_clip's {name}, which --clip-model names "
+            f"({type(error).__name__}: {readable(first_line(error), 150)})"
         ) from error
     model.eval()
 

@@ -13,7 +13,8 @@ FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which torch updates all weig
 def optimizer_for(task: Task, plan, device: torch.device) -> tuple[list[str], torch.optim.Optimizer]:
     """The names of what is trained, in the optimizer's order, and the optimizer.
 
-    The weights of Linears and convolutions decay, biases and gains don't, unless `plan.decay_all`. Each group has its "rate", the factor of the learning rate that the task gives.
+    The weights of Linears and convolutions decay, biases and gains don't, unless `plan.decay_all`. Each group has its
+    "rate", the factor of the learning rate that the task gives.
 
     Raises WuerstchenError if the optimizer can't be had here.
     """

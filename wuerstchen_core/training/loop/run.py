@@ -263,8 +263,9 @@ def _explained(error: Exception, state: RunState) -> WuerstchenError | None:
         )
     if state.accelerator.num_processes > 1:
         if isinstance(error, dist.DistError) or any(name in told for name in ("gloo", "NCCL", "ncclInternal")):
+            reason = readable(first_line(error), 150)
             return WuerstchenError(
-                f"another process of this run has ended, or can't be reached ({first_line(error)}); {state.remains()}: "
+                f"another process of this run has ended, or can't be reached ({reason}); {state.remains()}: "
                 "once all of them have ended, the same command goes on from there"
             )
     return None
@@ -390,8 +391,8 @@ def _accelerator(plan: Plan, task: Task):
 
 
 def _set_up_sharding(plugin) -> None:
-    """FSDP2 as a task needs it: one unit, because its networks are called part by part; weights in the mixed precision;
-    inputs, losses and the sum of gradients in float32."""
+    """FSDP2 as a task needs it: a unit for each block (`shard_blocks`) and one for the rest; weights in the mixed
+    precision; inputs, losses and the sum of gradients in float32."""
     if plugin.fsdp_version != 2:
         raise WuerstchenError("sharded training needs FSDP2: set fsdp_version to 2 (accelerate config)")
     plugin.auto_wrap_policy = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...util.atomic import remove_partials
 from ...util.errors import WuerstchenError, first_line
 from . import record
+from .blocks import shard_blocks
 from .checkpoint import Checkpoints, Damaged
 from .optimizer import MOMENTS, optimizer_for
 from .task import Task
@@ -73,8 +74,15 @@ class RunState:
         """The model to call and its optimizer, as accelerate wraps them."""
         if self.accelerator.num_processes > 1 and self.accelerator.device.type != "cpu":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.task)  # torch has none for the CPU
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            shard_blocks(self.task, plugin)
         self._names, optimizer = optimizer_for(self.task, self.plan, self.accelerator.device)
         self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
+        if plugin is not None:  # accelerate takes the weights of which a process has nothing for one another
+            parameters, names = dict(self.task.named_parameters()), iter(self._names)
+            for group in self.optimizer.param_groups:
+                group["params"] = [parameters[name] for _, name in zip(group["params"], names, strict=False)]
         if self._optimizer_state is not None:
             self._load_optimizer(self._optimizer_state)
         if self._scaler_state is not None and self.accelerator.scaler is not None:

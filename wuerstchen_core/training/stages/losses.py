@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...diffusion.schedule import add_noise, alpha_bar
+from ...util.errors import WuerstchenError
 
 HIGH_NOISE = 0.35  # the noisiest part of the training times, where the condition decides what is drawn
 
@@ -28,10 +29,40 @@ def times_of(uniform: Tensor, high_noise: float = 0.0) -> Tensor:
     return ((1 - uniform) * 1.08 + 0.001).clamp(0.001, 1.0)
 
 
+WEIGHTS = ("p2", "min-snr", "v")  # the first is the paper's
+
+
+def check_weight(kind: str) -> None:
+    """Raises WuerstchenError unless this is one of WEIGHTS."""
+    if kind not in WEIGHTS:
+        raise WuerstchenError(f"loss_weight is {kind!r}: choose one of {', '.join(WEIGHTS)}")
+
+
+def loss_weight(kind: str, snr: Tensor, k: float, gamma: float) -> Tensor:
+    """The weight of the noise's squared error at signal-to-noise ratios `snr`; one of WEIGHTS.
+
+    p2: 1 / (k + snr) (arXiv 2204.00227). min-snr: min(snr, gamma) / snr (arXiv 2303.09556). v: 1 + 1 / snr, with which
+    it is the squared error of v = sqrt(a) noise - sqrt(1 - a) clean (v-prediction, arXiv 2202.00512), computed from the
+    predicted noise: the network gives noise as ever, and all samplers take it.
+    """
+    if kind == "p2":
+        return 1 / (k + snr)
+    if kind == "min-snr":
+        return snr.clamp(max=gamma) / snr
+    return 1 + 1 / snr
+
+
 def diffusion_loss(
-    model, clean: Tensor, k: float, t: Tensor, noise: Tensor | None = None, largest_error: float = math.inf
+    model,
+    clean: Tensor,
+    k: float,
+    t: Tensor,
+    noise: Tensor | None = None,
+    largest_error: float = math.inf,
+    weight: str = "p2",
+    gamma: float = 5.0,
 ) -> Tensor:
-    """Mean squared error of the predicted noise, weighted by 1 / (k + signal-to-noise ratio) (P2, arXiv 2204.00227).
+    """Mean squared error of the predicted noise, weighted by the signal-to-noise ratio (`loss_weight`).
 
     Args:
         model: `model(x, t)` predicts the noise in x (B, ...) at times t (B,).
@@ -43,8 +74,9 @@ def diffusion_loss(
     """
     noise = torch.randn_like(clean) if noise is None else noise
     signal = alpha_bar(t)
+    weights = loss_weight(weight, signal / (1 - signal), k, gamma)
     error = (model(add_noise(clean, noise, t), t).float() - noise).square().flatten(1).mean(dim=1)
-    return (error.clamp(max=largest_error) / (k + signal / (1 - signal))).mean()
+    return (error.clamp(max=largest_error) * weights).mean()
 
 
 def contrastive_loss(texts: Tensor, pictures: Tensor, scale: Tensor, same: Tensor) -> Tensor:

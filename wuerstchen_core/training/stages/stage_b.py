@@ -41,7 +41,7 @@ from .conditioning import (
     weight_file,
 )
 from .initialise import initialise
-from .losses import diffusion_loss, times_of
+from .losses import check_weight, diffusion_loss, times_of
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,12 @@ class Options:
     zeroed: float = option(0.05, "share of semantic latents replaced by zero, which guidance needs")
     noised: float = option(0.3, "share of semantic latents with added noise, as Stage C's are not perfect either")
     noised_until: float = option(0.5, "latest time of the noise added to them")
+    loss_weight: str = option(
+        "p2", "weight of a noise level in the loss: p2, min-snr or v, the squared error of v (v-prediction)"
+    )
+    min_snr_gamma: float = option(5.0, "for min-snr: weight min(gamma, signal-to-noise ratio) / signal-to-noise ratio")
     p2_k: float = option(
-        1.0, "P2 weight 1 / (k + signal-to-noise ratio): a smaller k gives the noisiest times more weight"
+        1.0, "for p2: weight 1 / (k + signal-to-noise ratio): a smaller k gives the noisiest times more weight"
     )
     high_noise: float = option(
         0.0, "share of the noise levels drawn from the noisiest alone, where the condition decides"
@@ -90,7 +94,8 @@ class Options:
         check_shares(self, "caption_drop", "text_absent", "zeroed", "noised", "noised_until", "high_noise")
         if self.zeroed + self.noised > 1:
             raise WuerstchenError("zeroed and noised are shares of the same latents: together 1 at most")
-        check_above_zero(self, "p2_k")
+        check_above_zero(self, "p2_k", "min_snr_gamma")
+        check_weight(self.loss_weight)
         check_at_least(0, self, "largest_error", "sample_count")
         check_at_least(1, self, "sample_steps")
         check_precision(self.frozen_precision)
@@ -218,7 +223,8 @@ class StageBTask(Task):
         latent = found["latent"]
         t, noise = times_of(draws.uniform(), self.options.high_noise), draws.normal(latent.shape[1:])
         largest_error = self.options.largest_error or math.inf
-        return {"noise": diffusion_loss(predict, latent, self.options.p2_k, t, noise, largest_error)}
+        weight = self.options.loss_weight, self.options.min_snr_gamma
+        return {"noise": diffusion_loss(predict, latent, self.options.p2_k, t, noise, largest_error, *weight)}
 
     def semantic(self, batch: dict, draws: Draws) -> Tensor:
         found = batch["features"]

@@ -34,7 +34,7 @@ from .conditioning import (
     weight_file,
 )
 from .initialise import initialise
-from .losses import diffusion_loss, times_of
+from .losses import check_weight, diffusion_loss, times_of
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,12 @@ class Options:
     noise_levels: int = option(
         1, "noise levels at which each picture of a batch is learned; they share its text's keys"
     )
+    loss_weight: str = option(
+        "p2", "weight of a noise level in the loss: p2, min-snr or v, the squared error of v (v-prediction)"
+    )
+    min_snr_gamma: float = option(5.0, "for min-snr: weight min(gamma, signal-to-noise ratio) / signal-to-noise ratio")
     p2_k: float = option(
-        1.0, "P2 weight 1 / (k + signal-to-noise ratio): a smaller k gives the noisiest times more weight"
+        1.0, "for p2: weight 1 / (k + signal-to-noise ratio): a smaller k gives the noisiest times more weight"
     )
     high_noise: float = option(
         0.0, "share of the noise levels drawn from the noisiest alone, where the condition decides"
@@ -72,7 +76,8 @@ class Options:
         check_shares(self, "caption_drop", "high_noise")
         if self.noise_levels < 1 or self.sample_steps < 1:
             raise WuerstchenError("noise_levels and sample_steps must be at least 1")
-        check_above_zero(self, "p2_k", "text_encoder_rate")
+        check_above_zero(self, "p2_k", "min_snr_gamma", "text_encoder_rate")
+        check_weight(self.loss_weight)
         check_at_least(0, self, "largest_error")
         check_precision(self.frozen_precision)
         check_utf8("prompts", *self.prompts)
@@ -110,13 +115,16 @@ def noise_loss(
     t: Tensor,
     noise: Tensor | None = None,
     largest_error: float = math.inf,
+    weight: str = "p2",
+    gamma: float = 5.0,
 ) -> Tensor:
     """`diffusion_loss` of latent (B, 16, p, q) given text (B, L, text_width), at `levels` noise levels each.
 
     t (B * levels,) and noise (B * levels, 16, p, q) begin with those of the first latent.
     """
     predict = predictor(network, text, levels)
-    return diffusion_loss(predict, latent.repeat_interleave(levels, dim=0), k, t, noise, largest_error)
+    latents = latent.repeat_interleave(levels, dim=0)
+    return diffusion_loss(predict, latents, k, t, noise, largest_error, weight, gamma)
 
 
 def predictor(network: Prior, text: Tensor, levels: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -183,13 +191,14 @@ class StageCTask(Task):
         if self.encoder is None:
             text = drop_captions(batch["features"]["text"], self.nothing[0], options.caption_drop, dropped)
         else:
-            drop = (dropped < options.caption_drop).tolist()
-            kept = ["" if empty else caption for empty, caption in zip(drop, batch["caption"], strict=True)]
-            text = self.encoder.encode_tokens(self.read_captions.tokens(kept))
+            *tokens, nothing = self.read_captions.tokens([*batch["caption"], ""]).to(latent.device)
+            kept = torch.where((dropped < options.caption_drop)[:, None], nothing, torch.stack(tokens))
+            text = self.encoder.encode_tokens(kept)
         t = times_of(draws.uniform(levels), options.high_noise).flatten()
         noise = draws.normal((levels, *latent.shape[1:])).flatten(0, 1)
         largest_error = options.largest_error or math.inf
-        return {"noise": noise_loss(self.network, latent, text, levels, options.p2_k, t, noise, largest_error)}
+        weight = options.loss_weight, options.min_snr_gamma
+        return {"noise": noise_loss(self.network, latent, text, levels, options.p2_k, t, noise, largest_error, *weight)}
 
     def rate(self, name: str) -> float:
         return self.options.text_encoder_rate if name.startswith("encoder.") else 1.0
