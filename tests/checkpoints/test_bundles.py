@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import wuerstchen_core as w
 from tests.checkpoints.published import clip_of_comfyui, prior
 from wuerstchen_core.checkpoints.archive import BUNDLE_KEY, open_archive
-from wuerstchen_core.checkpoints.sets import DISTILLED, SET, find_distilled, find_set
+from wuerstchen_core.checkpoints.sets import DISTILLED, MINI, SET, find_distilled, find_set
 from wuerstchen_core.cli import main
 from wuerstchen_core.models.previewer import Previewer, PreviewerConfig
 from wuerstchen_core.models.text_encoder import TextEncoder, TextEncoderConfig
@@ -67,6 +67,19 @@ def test_a_bundle_draws_what_its_folder_draws(folder, bundle, tmp_path):
         assert torch.equal(ours.generate(**settings), theirs.generate(**settings))
     size = ["--width", "64", "--height", "64", "-o", str(tmp_path / "cat.png")]
     assert main(["generate", "a cat", "--model", str(bundle), *size]) == 0
+
+
+def test_in_float8_are_stages_b_and_c_alone(tmp_path):
+    """The mini's: 42 MB in place of 48."""
+    path = tmp_path / "small.safetensors"
+    assert main(["convert", str(MINI), "--bundle", "--dtype", "float8_e4m3fn", "-o", str(path)]) == 0
+    assert path.stat().st_size < 42e6
+    dtypes: dict = {}
+    for name, tensor in load_file(path).items():
+        dtypes.setdefault(name.split(".")[0], set()).add(tensor.dtype)
+    small = {name for name, found in dtypes.items() if torch.float8_e4m3fn in found}
+    assert small == {"stage_b", "stage_c"} and dtypes["text_encoder"] == {torch.float16}
+    assert w.Wuerstchen.from_file(path).distilled.keys() == {"stage_c"}
 
 
 def test_text_encoders_are_told_apart(bundle, folder):

@@ -13,7 +13,10 @@ def test_a_missing_data_set_is_named(command, capsys):
 
 def test_a_network_that_the_recipe_does_not_have_is_named(tmp_path, capsys):
     assert main(["train", "mini", "data", "work", "--only", "stage_d"]) == 2
-    assert "stage_a, semantic_compressor, text_encoder, stage_b, stage_c" in capsys.readouterr().err
+    assert (
+        "stage_a, semantic_compressor, linear_preview, text_encoder, stage_c, stage_b, distill"
+        in capsys.readouterr().err
+    )
 
 
 def test_no_steps_are_no_training(tmp_path, capsys):

@@ -5,7 +5,6 @@ import torch
 
 import wuerstchen_core as w
 from tests.comfyui.host import noise
-from tests.reference import distance
 from wuerstchen_core.checkpoints.sets import MINI, SET
 from wuerstchen_core.cli import main
 
@@ -45,13 +44,14 @@ def test_a_bundle_loads_what_its_folder_loads(run, load):
     assert len(patched.patches) == len(w.load_lora(MINI / "stage_c_distilled.safetensors").changes)
 
 
-def test_float8_is_only_how_weights_are_stored(run, load):
-    """All compute as the host decides, from the values that the core reads."""
+def test_float8_is_only_how_weights_are_stored(load):
+    """All compute as the host decides, from the values that are in the file."""
     given = load("small")
+    stored = w.load_stage_c(MINI / SET["stage_c"]).state_dict()
     for one in weights(given):
         assert not any(tensor.dtype == torch.float8_e4m3fn for tensor in one.values())
-    text = run("WuerstchenTextEncode", clip=given[1], text="pizza, noto style")[0][0]
-    exact = w.load_text_encoder(MINI / SET["text_encoder_c"])(["pizza, noto style"])
-    assert 0 < distance(text.float(), exact) < 0.3
-    latent = noise(1, 16, 6, 6)
-    assert given[5].decode(latent).isfinite().all()
+    ours = given[0].model.diffusion_model.state_dict()
+    name = "blocks.0.channelwise.0.weight"
+    assert torch.equal(ours[name].float(), stored[name].to(torch.float8_e4m3fn).float())
+    assert torch.equal(ours["projection.weight"].float(), stored["projection.weight"])
+    assert given[5].decode(noise(1, 16, 6, 6)).isfinite().all()

@@ -15,6 +15,7 @@ from tensorboard.util import tensor_util
 from torch import nn
 
 import wuerstchen_core as w
+from wuerstchen_core.training.data.batches import open_batches
 from wuerstchen_core.training.loop import run
 from wuerstchen_core.training.loop.run import Plan, train
 from wuerstchen_core.training.loop.task import Task
@@ -108,6 +109,43 @@ def join_two(rank, port):
     """This process becomes one of two on the CPU, as `accelerate launch` would make it."""
     os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+
+
+def run_one_of_two(folder, rank, port):
+    """The toy's run as one of two processes; how it ended goes to the file `told0` or `told1`."""
+    join_two(rank, port)
+    try:
+        run_toy(folder, pause=0.02, steps=1000, save_every=5, log_every=20)
+    except BaseException as error:
+        Path(folder, f"telling{rank}").write_text(f"{type(error).__name__}: {error}")
+        os.rename(Path(folder, f"telling{rank}"), Path(folder, f"told{rank}"))
+    os._exit(0)  # without waiting for the other
+
+
+class Counting(Toy):
+    """Notes the names of the pictures that each step learns from."""
+
+    def __init__(self, notes):
+        super().__init__(plain=True, pause=0.05)
+        self.notes = (notes,)
+
+    def forward(self, batch, draws):
+        with self.notes[0].open("a") as file:
+            file.write(f"{draws.step} {' '.join(batch['key'])}\n")
+        colours = F.pad(batch["image"].mean(dim=(2, 3)), (0, 1))
+        return super().forward({**batch, "image": colours}, draws)
+
+
+def count_pictures(folder, shards, notes, steps, rank=0, port=None):
+    """A run over indexed shards, two pictures a batch, alone or as one of two processes."""
+    if port is not None:
+        join_two(rank, port)
+
+    def batches(seen, rank, world):
+        index = Path(folder) / "shards"
+        return open_batches(shards, 64, 2, buckets=False, first=seen, rank=rank, world=world, index=index)
+
+    train(Counting(Path(notes)), Plan(**{**PLAN, "steps": steps, "save_every": 2}), folder, batches)
 
 
 def free_port():

@@ -10,8 +10,6 @@ from tests.training.stages.conftest import place  # noqa: F401, a fixture
 from tests.training.stages.tasks import task_b
 from tests.training.test_options import classes, flat, values
 from wuerstchen_core.checkpoints.sets import SET
-from wuerstchen_core.mini.efficiency import BASELINE
-from wuerstchen_core.models.stage_b import StageBConfig
 from wuerstchen_core.training import command
 from wuerstchen_core.training.data.options import DataOptions
 from wuerstchen_core.training.options import listed, load
@@ -84,14 +82,11 @@ def test_the_parts_run_one_after_another(place, tiny_folder):  # noqa: F811
     assert w.load_semantic_compressor("runs/paper-2/stage_b/semantic_compressor.safetensors").config.stem == 8
 
 
-def test_the_baseline_is_stage_b_without_semantic_latents():
-    given = table_of("stage-b", "baseline")["network"]
-    config = dataclasses.asdict(StageBConfig(**{key: tuple(value) if isinstance(value, list) else value
-                                                for key, value in given.items()}))  # fmt: skip
-    expected = dataclasses.asdict(BASELINE)
-    for field in ("stage_a_scale", "latent_space"):  # which the other networks' files say
-        del config[field], expected[field]
-    assert config == expected and not any(BASELINE.semantic)
+def test_the_baseline_is_the_minis_stage_b_without_semantic_latents():
+    ours, minis = (command.configured("stage-b", name) for name in ("baseline", "mini"))
+    changed = {"semantic": (False,) * 4, "text_absent": False}
+    assert ours.network == dataclasses.replace(minis.network, **changed) and any(minis.network.semantic)
+    assert ours == dataclasses.replace(minis, network=ours.network, text_absent=0.0, compressor=ours.compressor)
 
 
 def test_the_baseline_learns_from_text_alone(place, tiny_folder):  # noqa: F811

@@ -23,6 +23,7 @@ from .safetensors_file import save_file
 
 # What a float8 file has in float16: all that is not a large matrix (biases, norms and their statistics, gammas, input
 # and output layers, depthwise convolutions, the codebook), which is small and matters most.
+FLOAT8 = ("stage_b", "stage_c")  # of a set
 NARROWEST = 128  # sides of a matrix in float8, at least
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -45,16 +46,21 @@ def network_contents(archive: Archive, kind: str, dtype: torch.dtype | None = No
     network = empty(archive, part)
     expected = shapes(network)
     found = sources(archive, part, expected)
+
+    def values(name: str) -> Tensor:
+        source = found[name]
+        return torch.tensor(0) if source is None else source.of([archive.read(theirs) for theirs in source.names])
+
     outlines = {}
     for name, source in found.items():
         own = archive.tensors[source.names[0]].dtype if source else torch.int64
         wanted = own if dtype is None or not own.is_floating_point else stored_dtype(expected[name], dtype)
+        if wanted == torch.float8_e4m3fn and values(name).float().abs().max() > torch.finfo(wanted).max:
+            wanted = torch.float16
         outlines[name] = torch.empty(expected[name], dtype=wanted, device="meta")
 
     def read(name: str) -> Tensor:
-        source = found[name]
-        values = torch.tensor(0) if source is None else source.of([archive.read(theirs) for theirs in source.names])
-        return placed(archive, name, values, "cpu", outlines[name].dtype).contiguous()
+        return placed(archive, name, values(name), "cpu", outlines[name].dtype).contiguous()
 
     return Contents(outlines, read, {METADATA_KEY: header(kind, part.config)})
 
@@ -74,6 +80,8 @@ def stored_dtype(shape: torch.Size, dtype: torch.dtype) -> torch.dtype:
 def bundle(files: Mapping[str, Path], dtype: torch.dtype | None = None) -> Contents:
     """Several files in one, by the names that they have in it; floats of networks in `dtype`, LoRAs as they are.
 
+    Of float8 only Stages B and C are made, the others of float16: of the mini's networks its text encoder loses most.
+
     Raises WuerstchenError where a file is neither a LoRA nor holds exactly one network, or as the loaders do.
     """
     held: dict[str, Contents] = {}
@@ -85,7 +93,8 @@ def bundle(files: Mapping[str, Path], dtype: torch.dtype | None = None) -> Conte
         kinds = [kind for kind in parts(archive) if name.startswith(kind)]
         if len(kinds) != 1:
             raise WuerstchenError(f"{path}: expected a {name} file, and this is {' and '.join(parts(archive))}")
-        held[name] = network_contents(archive, kinds[0], dtype)
+        spared = dtype == torch.float8_e4m3fn and kinds[0] not in FLOAT8
+        held[name] = network_contents(archive, kinds[0], torch.float16 if spared else dtype)
     outlines = {f"{name}.{key}": tensor for name, one in held.items() for key, tensor in one.outlines.items()}
 
     def read(key: str) -> Tensor:

@@ -43,7 +43,8 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="default: the file's own; float8_e4m3fn is for large matrices alone, the rest is then in float16",
+        help="default: the file's own; float8_e4m3fn is for large matrices alone, in a bundle those of Stages B and C, "
+        "and all else is then in float16",
     )
 
 

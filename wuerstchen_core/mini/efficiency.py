@@ -8,7 +8,6 @@ with semantic latents. After equally many operations of training each is asked f
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +20,13 @@ from .. import pipeline
 from ..checkpoints.load import load_stage_a, load_stage_b, load_stage_c, load_text_encoder, save
 from ..checkpoints.sets import MINI, SET
 from ..diffusion.options import SamplingOptions
-from ..models.stage_b import DiffNeXt, StageBConfig
-from ..models.stage_c import Prior, StageCConfig
+from ..geometry import Geometry
+from ..models.stage_b import DiffNeXt
+from ..models.stage_c import Prior
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from ..reports.cost import operations
 from ..reports.plots import plotted
-from ..training.command import train
+from ..training.command import configured, train
 from ..training.stages.stage_c import predictor
 from ..util.atomic import replacing
 from ..util.errors import WuerstchenError
@@ -34,10 +34,9 @@ from ..util.json_file import write_json
 from .captions import plain_caption
 from .emoji import EmojiSet
 from .evaluation import thumbnail
-from .recipe import GEOMETRY, REPEATS, SEMANTIC, STAGE_B, STAGE_C
 
+GEOMETRY = Geometry(256, 256)
 TEXT_ENCODER = TextEncoderConfig(width=192, layers=2, heads=3, context_length=24)
-BASELINE = replace(STAGE_B, semantic=(False,) * len(STAGE_B.widths), text_absent=False)
 STYLE = "noto"
 BATCH = 25  # pictures that are drawn at once
 WARM_UP = 100  # steps: the shortest runs are not much longer
@@ -49,15 +48,14 @@ LARGEST_BUDGET = 1e9
 class Contender(NamedTuple):
     """A network that learns to draw from text, and how."""
 
-    network: StageCConfig | StageBConfig
     stage: str
     config: str  # of the trainer
     batch: int
 
 
-CONTENDERS = {
-    "Stage C": Contender(STAGE_C, "stage-c", "mini", batch=20),
-    "baseline": Contender(BASELINE, "stage-b", "baseline", batch=16),
+CONTENDERS = {  # whose steps take equally many operations
+    "Stage C": Contender("stage-c", "mini", batch=20),
+    "baseline": Contender("stage-b", "baseline", batch=16),
 }
 
 
@@ -131,16 +129,19 @@ def prepare(emoji: EmojiSet, chosen: Sequence[int], work: Path) -> TextEncoder:
 
 def operations_of_step(contender: Contender) -> int:
     """Of a step of training: a forward and a backward pass of the network that learns."""
-    batch, config = contender.batch, contender.network
-    text = torch.empty(batch, TEXT_ENCODER.context_length, TEXT_ENCODER.width, device="meta")
+    options, batch = configured(contender.stage, contender.config), contender.batch
     with torch.device("meta"):
-        if isinstance(config, StageCConfig):
-            stage_c, seen = Prior(config), batch * REPEATS
-            x, t = torch.empty(seen, *SEMANTIC), torch.empty(seen)
-            return operations(lambda: predictor(stage_c, text, REPEATS)(x, t).sum().backward())
-        network = DiffNeXt(config)
-        x, t = torch.empty(batch, config.latent_channels, *GEOMETRY.stage_a), torch.empty(batch)
-        nothing = torch.empty(batch, config.semantic_channels, *GEOMETRY.stage_c)
+        text = torch.empty(batch, TEXT_ENCODER.context_length, TEXT_ENCODER.width)
+        if contender.stage == "stage-c":
+            stage_c, levels = Prior(options.network), options.noise_levels
+            x, t = (
+                torch.empty(batch * levels, stage_c.config.latent_channels, *GEOMETRY.stage_c),
+                torch.empty(batch * levels),
+            )
+            return operations(lambda: predictor(stage_c, text, levels)(x, t).sum().backward())
+        network = DiffNeXt(options.network)
+        x, t = torch.empty(batch, network.config.latent_channels, *GEOMETRY.stage_a), torch.empty(batch)
+        nothing = torch.empty(batch, network.config.semantic_channels, *GEOMETRY.stage_c)
         return operations(lambda: network(x, t, nothing, text).sum().backward())
 
 
@@ -155,7 +156,7 @@ def drawn(network: Prior | DiffNeXt, encoder: TextEncoder, captions: Sequence[st
         for start in range(0, len(captions), BATCH):
             text = encoder(list(captions[start : start + BATCH]))
             options = SamplingOptions(seed=start)
-            nothing = torch.zeros(len(text), *SEMANTIC)
+            nothing = torch.zeros(len(text), stage_b.config.semantic_channels, *GEOMETRY.stage_c)
             if isinstance(network, Prior):
                 semantic = pipeline.sample_stage_c(network, nothing, text, empty, options)
                 latent = pipeline.sample_stage_b(stage_b, semantic, GEOMETRY, seed=start)
@@ -201,7 +202,7 @@ def _trained(contender: Contender, work: Path, steps: int) -> Prior | DiffNeXt:
         sample_every=0,
         workers=0,
     )
-    if isinstance(contender.network, StageCConfig):
+    if contender.stage == "stage-c":
         return load_stage_c(folder / SET["stage_c"])
     return load_stage_b(folder / SET["stage_b"])
 

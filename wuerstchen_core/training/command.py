@@ -70,6 +70,12 @@ def train(
     _train(_module(stage), run_options, data_options, plan, own)
 
 
+def configured(stage: str, config: str | Path) -> Any:
+    """The stage's own `Options` as a configuration has them. Raises WuerstchenError as `train` does."""
+    classes, where, table = _options(stage, config, {})
+    return read_all(classes, table, where)[-1]
+
+
 def run(stage: str, arguments: list[str]) -> None:
     """`train` with what `wuerstchen train STAGE` is given; with --write-config its options are written instead.
 

@@ -12,7 +12,7 @@ from wuerstchen_core.checkpoints.sets import SET
 from wuerstchen_core.models.stage_b import DiffNeXt, StageBConfig
 from wuerstchen_core.training.loop.draws import Draws
 from wuerstchen_core.training.stages import stage_b
-from wuerstchen_core.training.stages.conditioning import compressor_input
+from wuerstchen_core.training.stages.conditioning import compressor_for, compressor_input
 
 
 def test_stage_b_trains_alone_and_with_the_compressor(place, tiny_folder):
@@ -37,7 +37,7 @@ def test_a_compressor_begins_with_torchvisions_weights(tmp_path):
     published = efficientnet_v2_s(num_classes=3)
     torch.save(published.state_dict(), tmp_path / "imagenet.pth")
     options = stage_b.Options(semantic_compressor="", train_compressor=True, backbone=str(tmp_path / "imagenet.pth"))
-    compressor, _ = stage_b._compressor(options)
+    compressor, _ = compressor_for("", options.compressor, options.backbone, trained=True)
     image = torch.rand(1, 3, 64, 64)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = published.eval().features((image - mean[:, None, None]) / std[:, None, None])

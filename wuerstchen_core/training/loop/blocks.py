@@ -1,6 +1,7 @@
 """What is done to the blocks of a task's networks, one by one: gradient checkpointing, compilation, sharding."""
 
 import warnings
+from collections.abc import Iterator
 from functools import partial
 
 from torch import nn
@@ -9,24 +10,32 @@ from torch.utils.checkpoint import checkpoint
 from ...models.blocks import AttnBlock, ResBlock
 from ...models.previewer import ConvBlock
 from ...models.stage_a import MixingBlock
+from ...models.text_encoder import TextEncoder
 
 # None has a BatchNorm, whose statistics would see each batch twice.
 BLOCKS = (ResBlock, AttnBlock, MixingBlock, ConvBlock)
 
 
+def blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of all networks in `network`, those of text encoders included."""
+    for module in network.modules():
+        if isinstance(module, BLOCKS):
+            yield module
+        elif isinstance(module, TextEncoder):
+            yield from module.tower.transformer.resblocks
+
+
 def checkpoint_blocks(network: nn.Module) -> None:
     """From now on the blocks in `network` keep only their inputs, and are computed again on the way back
     (arXiv 1604.06174). Gradients stay the same; memory falls, time grows by about a third."""
-    for module in network.modules():
-        if isinstance(module, BLOCKS):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+    for block in blocks(network):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def compile_blocks(network: nn.Module) -> None:
     """From now on the blocks in `network` are compiled when they are first called; equal ones share their code."""
-    for module in network.modules():
-        if isinstance(module, BLOCKS):
-            module.compile()
+    for block in blocks(network):
+        block.compile()
 
 
 def shard_blocks(network: nn.Module, plugin) -> None:
@@ -43,7 +52,7 @@ def shard_blocks(network: nn.Module, plugin) -> None:
         mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
     )
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # keys and values are views, and not worked on in place
-    for block in [module for module in network.modules() if isinstance(module, BLOCKS)]:
+    for block in list(blocks(network)):
         if isinstance(block, ResBlock) and block.semantic is not None:
             shard(block.semantic)
         shard(block)

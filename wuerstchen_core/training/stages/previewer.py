@@ -86,6 +86,8 @@ class PreviewerTask(Task):
     The compressor is frozen or learns with it (`options.train_compressor`).
     """
 
+    frozen: tuple[SemanticCompressor, ...]
+
     def __init__(self, network: Previewer, compressor: SemanticCompressor, options: Options, data: DataOptions):
         super().__init__()
         self.network = network

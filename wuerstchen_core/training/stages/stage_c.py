@@ -191,9 +191,9 @@ class StageCTask(Task):
         if self.encoder is None:
             text = drop_captions(batch["features"]["text"], self.nothing[0], options.caption_drop, dropped)
         else:
-            drop = (dropped < options.caption_drop).tolist()
-            kept = ["" if empty else caption for empty, caption in zip(drop, batch["caption"], strict=True)]
-            text = self.encoder.encode_tokens(self.read_captions.tokens(kept))
+            *tokens, nothing = self.read_captions.tokens([*batch["caption"], ""]).to(latent.device)
+            kept = torch.where((dropped < options.caption_drop)[:, None], nothing, torch.stack(tokens))
+            text = self.encoder.encode_tokens(kept)
         t = times_of(draws.uniform(levels), options.high_noise).flatten()
         noise = draws.normal((levels, *latent.shape[1:])).flatten(0, 1)
         largest_error = options.largest_error or math.inf
