@@ -29,7 +29,7 @@ def checkpoint_blocks(network: nn.Module) -> None:
     """From now on the blocks in `network` keep only their inputs, and are computed again on the way back
     (arXiv 1604.06174). Gradients stay the same; memory falls, time grows by about a third."""
     for block in blocks(network):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(network: nn.Module) -> None:
