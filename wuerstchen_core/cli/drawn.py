@@ -31,6 +31,7 @@ def add_commands(evaluate) -> None:
         evaluate, "stages", _stages, "what Stage B changes in what Stage C decided, and what its text does"
     )
     _add_drawing(stages)
+    stages.add_argument("--pickscore", type=Path, metavar="FOLDER", help="PickScore_v1, in transformers' layout")
     for name, about in GRID.items():
         stages.add_argument(f"--{name}", **about)
 
@@ -159,7 +160,8 @@ def _about(options: argparse.Namespace, prompts: list[str], geometry, extractor)
 
 
 def _stages(options: argparse.Namespace) -> None:
-    from ..reports.evaluation.stages import against, draw, sheet, table
+    from ..reports.evaluation.stages import against, draw, preferred, sheet, table
+    from ..reports.evaluation.text_scores import pick_score
 
     _check(options, ".png")
     prompts = _prompts(options, _emoji(options))
@@ -167,7 +169,10 @@ def _stages(options: argparse.Namespace) -> None:
     model = load_model(options)
     sampling, geometry = model.sampling(**_given(options), distilled=options.distilled), _geometry(options, model)
     real = _real(options, extractor)
-    drawn = draw(model, prompts, geometry, sampling, extractor, options.batch, options.seed)
+    pick = None if options.pickscore is None else pick_score(options.pickscore, options.device)
+    if pick is not None and model.text_encoder_b is None:
+        raise WuerstchenError("--pickscore is for what Stage B's text is worth, but in this set Stage B reads none")
+    drawn = draw(model, prompts, geometry, sampling, extractor, options.batch, options.seed, pick)
     distances = {} if real is None else against(drawn, real.values["features"])
     for line in (
         *table(drawn.rows),
@@ -175,8 +180,12 @@ def _stages(options: argparse.Namespace) -> None:
     ):
         print(line)
     print(f"{len(prompts)} prompts; {extractor.about}")
+    rate = preferred(drawn)
+    if rate is not None:
+        print(f"PickScore prefers B + A without text on {rate.rate:.1%} ({rate.low:.1%} to {rate.high:.1%})")
     about = _about(options, prompts, geometry, extractor)
-    write_json(options.output, {**about, "rows": [row._asdict() for row in drawn.rows], "FID_to_real": distances})
+    found = {"FID_to_real": distances, "without_text_preferred": None if rate is None else rate._asdict()}
+    write_json(options.output, {**about, "rows": [row._asdict() for row in drawn.rows], **found})
     with replacing(options.output.with_suffix(".png")) as partial:
         sheet(drawn).save(partial, format="PNG")
 

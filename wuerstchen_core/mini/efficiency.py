@@ -168,7 +168,7 @@ def drawn(network: Prior | DiffNeXt, encoder: TextEncoder, captions: Sequence[st
 def recognised(images: Iterable[Tensor], references: Tensor) -> float:
     """The share of images (H, W, 3) that no reference is nearer to than their own; references are `thumbnail`s."""
     likeness = torch.stack([references @ thumbnail(rearrange(image, "h w c -> c h w")) for image in images])
-    return (likeness.diagonal() >= likeness.max(dim=1).values).float().mean().item()
+    return (likeness.diagonal() >= likeness.max(dim=1).values).double().mean().item()
 
 
 def plot(path: Path, rows: Sequence[dict]) -> None:

@@ -8,7 +8,14 @@ from PIL import Image
 
 from tests.pictures import encoded, picture
 from wuerstchen_core import WuerstchenError
-from wuerstchen_core.reports.evaluation.reading import Scored, check_captions, read_prompts, score
+from wuerstchen_core.reports.evaluation.reading import (
+    Scored,
+    check_captions,
+    hash_of_set,
+    read_captions,
+    read_prompts,
+    score,
+)
 
 
 @pytest.fixture
@@ -96,3 +103,22 @@ def test_missing_captions_and_prompts_are_named(tmp_path):
             read_prompts(tmp_path / "prompts.txt")
     (tmp_path / "prompts.txt").write_text("a\n\n b \n\n")
     assert read_prompts(tmp_path / "prompts.txt") == ["a", "", "b"]
+
+
+def test_the_hash_of_a_set_changes_with_pictures_and_names(folder):
+    hashes = {hash_of_set(folder)}
+    assert hash_of_set(folder) in hashes
+    (folder / "5.png").write_bytes((folder / "4.png").read_bytes())
+    hashes.add(hash_of_set(folder))
+    (folder / "5.png").rename(folder / "6.png")
+    hashes.add(hash_of_set(folder))
+    (folder / "6.png").write_bytes(b"damaged")
+    hashes.add(hash_of_set(folder))
+    assert len(hashes) == 4
+
+
+def test_captions_are_read_in_the_order_of_the_pictures(folder):
+    assert read_captions(folder) == [f"caption {number}" for number in range(5)]
+    (folder / "2.txt").unlink()
+    with pytest.raises(WuerstchenError, match="2.png: has no caption"):
+        read_captions(folder)

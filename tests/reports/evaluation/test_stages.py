@@ -115,3 +115,18 @@ def test_the_sheet_has_a_row_for_each_way(tiny, pictures):
         box = (stages.LABEL + 2 * stages.SIDE, stages.CAPTION + row * stages.SIDE)
         tile = np.asarray(picture.crop((*box, box[0] + stages.SIDE, box[1] + stages.SIDE)))
         assert tile.mean(axis=(0, 1)) / 255 == pytest.approx(pictures[way][2].mean(dim=(0, 1)).numpy(), abs=0.01)
+
+
+def test_pickscore_counts_the_pictures_that_are_better_without_text(tiny, pictures):
+    pictures["with"][:2] *= 0.5  # the brighter picture is preferred
+    pictures["without"][2:] *= 0.5
+    pictures["without"][4] = pictures["with"][4]
+
+    def brighter(images, captions):
+        assert all(caption.startswith("cat") for caption in captions)
+        return torch.stack([image.mean() for image in images])
+
+    sampling = tiny.sampling(steps_c=1, steps_b=1)
+    found = stages.draw(tiny, PROMPTS, Geometry(64, 64), sampling, Means(), 2, pick=brighter)
+    assert stages.preferred(found).rate == (2 + 0.5) / 5
+    assert stages.preferred(drawn(tiny)) is None

@@ -1,4 +1,4 @@
-"""Gradient checkpointing."""
+"""Gradient checkpointing and compilation."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 from wuerstchen_core.models.stage_a import VQGAN, StageAConfig
 from wuerstchen_core.models.stage_b import DiffNeXt, StageBConfig
 from wuerstchen_core.models.stage_c import Prior, StageCConfig
-from wuerstchen_core.training.loop.blocks import checkpoint_blocks
+from wuerstchen_core.training.loop.blocks import BLOCKS, checkpoint_blocks, compile_blocks
 
 
 def networks():
@@ -57,3 +57,22 @@ def test_gradient_checkpointing_changes_no_gradient(index, monkeypatch):
         assert (plain is None) == (again is None)
         if plain is not None:
             assert torch.equal(plain, again)
+
+
+def test_every_block_is_compiled_and_computes_the_same(monkeypatch):
+    """By dynamo alone, which needs no compiler of C++."""
+    network, call = next(iter(networks()))
+    expected = call(network)
+    compiled = []
+    compile = nn.Module.compile
+
+    def eager(module):
+        compiled.append(module)
+        compile(module, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", eager)
+    names = list(network.state_dict())
+    compile_blocks(network)
+    assert compiled == [module for module in network.modules() if isinstance(module, BLOCKS)] and len(compiled) > 3
+    torch.testing.assert_close(call(network), expected)
+    assert list(network.state_dict()) == names

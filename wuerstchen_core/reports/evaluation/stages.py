@@ -19,6 +19,8 @@ from ...pipeline import Sampling, Wuerstchen
 from .distances import fid, psnr
 from .drawing import batches, draw_latent, finish
 from .extractors import Extractor
+from .preference import WinRate, counted, win_rate
+from .text_scores import Score
 
 PREVIEW, SMALL = "preview", "at the preview's size"
 WITH, WITHOUT, RESEEDED = "with text", "without text", "other noise"
@@ -49,6 +51,7 @@ class Drawn:
     features: dict[str, Tensor]  # (N, F) by the ways of drawing
     shown: dict[str, list[Tensor]]  # of each way the first COLUMNS pictures (H, W, 3)
     prompts: list[str]  # theirs
+    picks: dict[str, Tensor]  # PickScores (N,), of B + A with text and without
 
 
 def draw(
@@ -59,6 +62,7 @@ def draw(
     extractor: Extractor,
     batch: int,
     seed: int = 0,
+    pick: Score | None = None,
 ) -> Drawn:
     """Each prompt once by Stage C, then by the previewer, and by Stages B and A with text, without, from other noise.
 
@@ -67,12 +71,14 @@ def draw(
     Args:
         geometry: sides are multiples of 64, so that a preview has no margins.
         batch: pictures at a time, two or more: previews are also compared with another picture of their batch.
+        pick: PickScore, for what Stage B's text is worth.
 
     Raises WuerstchenError if a prompt can't be read.
     """
     features: dict[str, list[Tensor]] = defaultdict(list)
     ratios, cosines = (defaultdict[str, list[Tensor]](list) for _ in range(2))
     shown: dict[str, list[Tensor]] = defaultdict(list)
+    picks: dict[str, list[Tensor]] = defaultdict(list)
     captions: list[str] = []
     with model.drawn_with(sampling), tqdm(total=len(prompts), unit="prompt", leave=False) as bar:
         for some in batches(model, prompts, seed, batch):
@@ -91,6 +97,9 @@ def draw(
             for way in ways:
                 features[way].append(seen[way])
                 shown[way] += ways[way][: COLUMNS - len(shown[way])]
+            if pick is not None and WITHOUT in ways:
+                for way in (WITH, WITHOUT):
+                    picks[way].append(pick([*rearrange(ways[way], "b h w c -> b c h w")], some.prompts))
             captions += some.prompts[: COLUMNS - len(captions)]
             if model.previewer is not None and len(some.numbers) > 1:
                 ways[NEXT], seen[NEXT] = ways[PREVIEW].roll(1, 0), seen[PREVIEW].roll(1, 0)
@@ -106,12 +115,17 @@ def draw(
             ratio, cosine = (torch.cat(parts[name]).mean().item() for parts in (ratios, cosines))
             distance = fid(found[another], found[one]) if another in found and len(prompts) > 1 else None
             rows.append(Compared(name, ratio if math.isfinite(ratio) else None, cosine, distance))
-    return Drawn(rows, found, shown, captions)
+    return Drawn(rows, found, shown, captions, {way: torch.cat(parts) for way, parts in picks.items()})
 
 
 def against(drawn: Drawn, real: Tensor) -> dict[str, float]:
     """FID of each way's pictures against the features (M, F) of real ones."""
     return {title: fid(real, drawn.features[way]) for way, title in SHEET.items() if way in drawn.features}
+
+
+def preferred(drawn: Drawn) -> WinRate | None:
+    """How often PickScore prefers B + A without text to B + A with it; None where it was not asked."""
+    return win_rate(*counted(drawn.picks[WITHOUT], drawn.picks[WITH])) if drawn.picks else None
 
 
 def table(rows: Sequence[Compared]) -> Iterator[str]:

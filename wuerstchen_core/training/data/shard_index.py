@@ -300,7 +300,7 @@ def _save(index: ShardIndex, path: Path) -> None:
     arrays = {name: getattr(index, name) for name in ("files", "starts", "sizes", "scores")}
     with replacing(path, sync=False) as partial:  # a damaged file is found by its checksums
         with open(partial, "wb") as file:
-            np.savez(file, **texts, **arrays)
+            np.savez(file, **{**texts, **arrays})
 
 
 def _load(path: Path) -> ShardIndex | None:

@@ -314,7 +314,7 @@ def grouped(
     try:
         with opened() as archive:
             for member in archive:
-                archive.members = []  # which it would keep for ever
+                archive.members = []  # type: ignore[attr-defined]  # which it would keep for ever
                 if not (member.isreg() and _is_data(member.name)):
                     continue
                 folder, slash, name = member.name.rpartition("/")

@@ -59,7 +59,7 @@ class Agreement:
 
     def __init__(self, processes: int):
         self._alone = processes == 1
-        self._group = None if self._alone or dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self._group: Any = None if self._alone or dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def any(self, asked: bool) -> bool:
         """The same in all processes, which must all call it."""

@@ -20,7 +20,7 @@ LOOKED_AT = 20_000  # samples whose sizes and captions are looked at; the names 
 def facts(data: DataOptions) -> dict[str, Any]:
     """Name -> what it is now. Raises WuerstchenError where there is no such data."""
     source = data.source
-    kept = {"size": data.size, "buckets": data.buckets, "batch": data.batch, "held_out": data.held_out}
+    kept: dict[str, Any] = {"size": data.size, "buckets": data.buckets, "batch": data.batch, "held_out": data.held_out}
     if isinstance(source, str) and is_shard(source) and not os.path.isdir(source):
         urls = expand(source)
         bounds = [data.min_side, data.min_aesthetic, data.max_watermark, data.max_unsafe]

@@ -152,7 +152,7 @@ def _kept(folder: Path) -> Iterator[None]:
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
     """Within the context NVIDIA GPUs may round the factors of float32 products to TF32; CPUs stay exact."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = matmul.fp32_precision, cudnn.fp32_precision
     matmul.fp32_precision = cudnn.fp32_precision = "tf32" if allowed else "ieee"
     try:
@@ -237,9 +237,10 @@ def _train(
 
 @torch.no_grad()
 def _validate(
-    learner: "_Learner", shown: Task, held_out: Callable[[], Iterator[dict]], step: int, monitor: Monitor
+    learner: "_Learner", shown: Task | None, held_out: Callable[[], Iterator[dict]], step: int, monitor: Monitor
 ) -> None:
     """Logs the means of the losses over the held-out pictures, each with the same noise every time."""
+    assert shown is not None  # on the main process
     sums: dict[str, float] = {}
     count = 0
     for number, batch in enumerate(held_out()):
