@@ -52,7 +52,14 @@ class Change(NamedTuple):
 
     def delta(self, device) -> Tensor:
         """(out, in) in float32"""
-        return self.up.to(device, torch.float32) @ self.down.to(device, torch.float32) * self.scale
+        delta = torch.zeros(self.shape, device=device)
+        self.add_to(delta, 1.0)
+        return delta
+
+    def add_to(self, weight: Tensor, strength: float) -> None:
+        """Adds strength * delta to a weight in float32, in place: one matrix product and no more."""
+        up, down = (half.to(weight.device, torch.float32) for half in (self.up, self.down))
+        weight.view(self.shape).addmm_(up, down, alpha=strength * self.scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +143,10 @@ def apply_loras(network: Prior | DiffNeXt, loras: Iterable[tuple[LoRA, float]]) 
 
 @torch.no_grad()
 def _merged(weight: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
-    deltas = (change.delta(weight.device) * strength for change, strength in changes)
-    delta = sum(deltas, torch.zeros((), device=weight.device))
-    return (weight.float() + delta.view_as(weight)).to(weight.dtype)
+    merged = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    for change, strength in changes:
+        change.add_to(merged, strength)
+    return merged.to(weight.dtype)
 
 
 def size_text(shape) -> str:
