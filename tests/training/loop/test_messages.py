@@ -183,8 +183,8 @@ def test_batch_norms_see_all_processes_batches_on_gpus(tmp_path, device, process
     """The wrapping itself needs no GPU."""
     task = Toy()
     names = list(task.learned())
-    Accelerator = namedtuple("Accelerator", "num_processes device prepare scaler")
-    accelerator = Accelerator(processes, torch.device(device), lambda *them: them, None)
+    Accelerator = namedtuple("Accelerator", "num_processes device prepare scaler state")
+    accelerator = Accelerator(processes, torch.device(device), lambda *them: them, None, None)
     state = RunState(task, Plan(steps=1), tmp_path, accelerator, dict)
     model, _ = state.prepare()
     assert isinstance(model.network[1], nn.SyncBatchNorm) == synchronised

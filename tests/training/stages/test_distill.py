@@ -42,6 +42,7 @@ def build(tiny_folder, emoji):
         torch.manual_seed(0)
         task = distill.build(distill.Options(**{**files(tiny_folder, network), "rank": 3, **options}), data)
         batch = next(data.open(0))
+        batch["image"] = batch["image"].float() / 255
         return task, batch | {"features": task.features(batch)}
 
     return build

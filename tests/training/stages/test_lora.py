@@ -175,6 +175,7 @@ def test_a_lora_learns_stage_cs_loss_and_is_sampled_with(teach, tiny_folder, emo
         training_lora.build(training_lora.Options(**files), data),
     ]
     batch = next(data.open(0))
+    batch["image"] = batch["image"].float() / 255
     losses = [task(batch | {"features": task.features(batch)}, Draws(0, 0, 2))["noise"] for task in tasks]
     assert losses[0].equal(losses[1])
     assert tasks[0].feature_files == tasks[1].feature_files and len(tasks[1].frozen) == 2

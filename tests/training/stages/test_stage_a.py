@@ -102,7 +102,7 @@ def test_exported_latents_have_unit_variance_and_pictures_stay(folder, tmp_path)
     exported = w.load_stage_a(path)
     assert path.name == "stage_a.safetensors" and exported.config.codebook_size == 24
     assert task.vqgan.config.scale_factor == 0.5 != exported.config.scale_factor
-    seen = next(dataclasses.replace(data, batch=64).open(seed=0))["image"]
+    seen = next(dataclasses.replace(data, batch=64).open(seed=0))["image"].float() / 255
     with torch.no_grad():
         latents = exported.encode(seen)
         torch.testing.assert_close(exported.decode(latents), task.vqgan.decode(task.vqgan.encode(seen)))
