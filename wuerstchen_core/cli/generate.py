@@ -112,7 +112,7 @@ def add_commands(commands) -> None:
     generate.add_argument(
         "--compile",
         action="store_true",
-        help="compile Stages C, B and A first (torch.compile, which needs a C++ compiler): minutes, for faster steps",
+        help="compile Stages C, B and A first (torch.compile, which needs a C++ compiler): for GPUs, on a CPU no gain",
     )
     generate.add_argument(
         "--tile",
