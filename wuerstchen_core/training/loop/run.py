@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -315,9 +316,10 @@ class _Learner:
         if not self.waiting:
             return []
         waiting, self.waiting = self.waiting, []
-        rows = self.accelerator.reduce(torch.stack([row for _, _, row in waiting]), "mean").tolist()
+        numbers = iter(self.accelerator.reduce(torch.cat([row for _, _, row in waiting]), "mean").tolist())
         found = []
-        for (step, names, _), (*values, norm) in zip(waiting, rows, strict=True):
+        for step, names, row in waiting:  # a loss may begin at a later step
+            *values, norm = islice(numbers, len(row))
             losses = dict(zip(names, values, strict=True))
             self._check(step, losses, norm)
             found.append((losses, norm))
