@@ -1,6 +1,7 @@
 """What the command line writes into pipes of any encoding, and what it says when it is stopped."""
 
 import io
+import subprocess
 import sys
 
 import pytest
@@ -25,6 +26,17 @@ def test_a_prompt_that_is_not_utf8_is_told_before_anything_is_loaded(monkeypatch
     monkeypatch.setattr("wuerstchen_core.cli.generate.load_model", lambda *_: pytest.fail("loaded"))
     assert main(["generate", "caf\udce9"]) == 2
     assert capsys.readouterr().err.startswith(r"wuerstchen: the prompt is not UTF-8: 'caf\udce9'")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [
+        sys.executable,
+        "-c",
+        "from wuerstchen_core.cli import main; raise SystemExit(main(['cost', '--size', 'mini']))",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
 @pytest.mark.parametrize("stop, says", [(KeyboardInterrupt(), "interrupted"), (KeyboardInterrupt("at 3"), "at 3")])

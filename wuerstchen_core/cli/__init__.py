@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 
 from ..util.errors import WuerstchenError, one_line
@@ -21,6 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written at the end
+        return 141
     except WuerstchenError as error:
         print(f"wuerstchen: {error}", file=sys.stderr)
         return 2
