@@ -189,3 +189,9 @@ def test_batch_norms_see_all_processes_batches_on_gpus(tmp_path, device, process
     model, _ = state.prepare()
     assert isinstance(model.network[1], nn.SyncBatchNorm) == synchronised
     assert list(task.learned()) == names
+
+
+def test_shards_of_weights_that_the_cpu_cannot_have_are_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    train(Toy(), Plan(**PLAN), tmp_path, toy_batches())
+    assert "shards nothing on the CPU" in caplog.text

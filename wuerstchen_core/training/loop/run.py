@@ -7,6 +7,7 @@ the data but the number of steps.
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -390,6 +391,8 @@ def _accelerator(plan: Plan, task: Task):
         raise WuerstchenError(f"mixed_precision {plan.mixed_precision}: {error}") from error
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         _set_up_sharding(accelerator.state.fsdp_plugin)
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        log.warning("FSDP was asked for, but accelerate shards nothing on the CPU: each process has all weights (DDP)")
     return accelerator
 
 
