@@ -129,7 +129,8 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, inside):
     "name, says",
     [
         ("gone", "there is no such file"),
-        ("file/inside", "there is no such file"),
+        ("file/inside", "file: an empty file"),  # and so no bundle
+        ("gone/inside", "there is no such file"),
         ("n" * 300, "cannot be read"),
         ("a\0b", r"a\\x00b: not a name"),
         ("loop", "cannot be read"),
