@@ -64,6 +64,10 @@ class TextEncoder(nn.Module):
             output_dim=None,
         )
         self.tower.attn_mask = None  # ours masks the padding too: see `_attention_mask`
+        # Positions first: with prompts first, MultiheadAttention projects each position by itself, at twice the time.
+        self.tower.transformer.batch_first = False
+        for block in self.tower.transformer.resblocks:
+            block.attn.batch_first = False
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> token ids and their weights, both (B, chunks, 77).
