@@ -11,7 +11,7 @@ from ..util.checks import whole_number
 from ..util.errors import WuerstchenError
 from ..util.json_file import write_json
 from .common import add_model, check_device, check_file, command, given_networks, load_model
-from .evaluate import CLIP
+from .evaluate import scorers_of
 
 GRID: dict[str, dict[str, Any]] = {
     "cfg": {"type": float, "metavar": "S", "help": "strength of Stage C's guidance (default: the set's)"},
@@ -191,6 +191,7 @@ def _stages(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
+    from ..mini.recognition import recognition
     from ..reports.evaluation.curves import (
         combinations,
         measure,
@@ -221,7 +222,9 @@ def _sweep(options: argparse.Namespace) -> None:
     least = least_pictures(options.real is not None, extractor)
     if len(prompts) < least:
         raise WuerstchenError(f"{len(prompts)} prompts: these figures need the pictures of at least {least}")
-    scorers = _scorers(options, extractor, emoji)
+    scorers = scorers_of(options, extractor)
+    if emoji is not None:
+        scorers["top-1"] = recognition(emoji)
     model = load_model(options)
     samplings, geometry = combinations(model, options.distilled, _given(options)), _geometry(options, model)
     about = {**_about(options, prompts, geometry, extractor), **_identity(options, prompts)}
@@ -248,22 +251,6 @@ def _sweep(options: argparse.Namespace) -> None:
         shown = len(rows) + 2
         write_csv(options.output.with_suffix(".csv"), rows)
     plot(options.output.with_suffix(".png"), rows, about["model"])
-
-
-def _scorers(options: argparse.Namespace, extractor, emoji) -> dict:
-    from ..mini.recognition import recognition
-    from ..reports.evaluation.text_scores import clip_score, pick_score
-
-    scorers: dict = {}
-    if extractor is not None:
-        scorers["features"] = extractor.score
-    if options.clip is not None:
-        scorers["clip"] = clip_score(options.clip, options.clip_model or CLIP, options.device)
-    if options.pickscore is not None:
-        scorers["pick"] = pick_score(options.pickscore, options.device)
-    if emoji is not None:
-        scorers["top-1"] = recognition(emoji)
-    return scorers
 
 
 def _identity(options: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:

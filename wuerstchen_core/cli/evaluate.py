@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..util.checks import whole_number
 from ..util.errors import WuerstchenError, one_line
@@ -140,8 +141,7 @@ def _kept(options: argparse.Namespace, features: Sequence[str]):
 def _pictures(options: argparse.Namespace) -> None:
     from ..reports.evaluation.figures import figures, notes, plot, table
     from ..reports.evaluation.processes import joined
-    from ..reports.evaluation.reading import Scorer, check_captions, check_set, score
-    from ..reports.evaluation.text_scores import clip_score, pick_score
+    from ..reports.evaluation.reading import check_captions, check_set, score
 
     _check(options)
     for data in filter(None, (options.generated, options.real)):
@@ -156,13 +156,7 @@ def _pictures(options: argparse.Namespace) -> None:
     if options.real is None and options.semantic_compressor is not None:
         raise WuerstchenError("--semantic-compressor is for a comparison with --real FOLDER: give both, or neither")
     extractor = None if options.real is None and options.inception is None else _extractor(options)
-    scorers: dict[str, Scorer] = {}
-    if extractor is not None:
-        scorers["features"] = extractor.score
-    if options.clip is not None:
-        scorers["clip"] = clip_score(options.clip, options.clip_model or CLIP, options.device)
-    if options.pickscore is not None:
-        scorers["pick"] = pick_score(options.pickscore, options.device)
+    scorers = scorers_of(options, extractor)
     kept, real = _kept(options, ["features"] if extractor else []), None
     with joined(options.device) as share:
         generated = score(options.generated, scorers, options.batch, options.limit, prompts, kept, share)
@@ -188,6 +182,20 @@ def _pictures(options: argparse.Namespace) -> None:
         }
         write_json(options.output, {**about, "figures": [row._asdict() for row in rows]})
         plot(options.output.with_suffix(".png"), rows, options.generated)
+
+
+def scorers_of(options: argparse.Namespace, extractor) -> dict[str, Any]:
+    """Name -> what `score` calls with pictures and captions, for each of the figures that the options ask for."""
+    from ..reports.evaluation.text_scores import clip_score, pick_score
+
+    scorers: dict[str, Any] = {}
+    if extractor is not None:
+        scorers["features"] = extractor.score
+    if options.clip is not None:
+        scorers["clip"] = clip_score(options.clip, options.clip_model or CLIP, options.device)
+    if options.pickscore is not None:
+        scorers["pick"] = pick_score(options.pickscore, options.device)
+    return scorers
 
 
 def _robustness(options: argparse.Namespace) -> None:

@@ -106,27 +106,6 @@ def build(options: Options, data: DataOptions) -> "StageCTask":
     return task
 
 
-def noise_loss(
-    network: Prior,
-    latent: Tensor,
-    text: Tensor,
-    levels: int,
-    k: float,
-    t: Tensor,
-    noise: Tensor | None = None,
-    largest_error: float = math.inf,
-    weight: str = "p2",
-    gamma: float = 5.0,
-) -> Tensor:
-    """`diffusion_loss` of latent (B, 16, p, q) given text (B, L, text_width), at `levels` noise levels each.
-
-    t (B * levels,) and noise (B * levels, 16, p, q) begin with those of the first latent.
-    """
-    predict = predictor(network, text, levels)
-    latents = latent.repeat_interleave(levels, dim=0)
-    return diffusion_loss(predict, latents, k, t, noise, largest_error, weight, gamma)
-
-
 def predictor(network: Prior, text: Tensor, levels: int) -> Callable[[Tensor, Tensor], Tensor]:
     """The noise in x (B * levels, 16, p, q) at times t (B * levels,) as a function, given text (B, L, text_width).
 
@@ -196,9 +175,10 @@ class StageCTask(Task):
             text = self.encoder.encode_tokens(kept)
         t = times_of(draws.uniform(levels), options.high_noise).flatten()
         noise = draws.normal((levels, *latent.shape[1:])).flatten(0, 1)
+        predict, latents = predictor(self.network, text, levels), latent.repeat_interleave(levels, dim=0)
         largest_error = options.largest_error or math.inf
         weight = options.loss_weight, options.min_snr_gamma
-        return {"noise": noise_loss(self.network, latent, text, levels, options.p2_k, t, noise, largest_error, *weight)}
+        return {"noise": diffusion_loss(predict, latents, options.p2_k, t, noise, largest_error, *weight)}
 
     def rate(self, name: str) -> float:
         return self.options.text_encoder_rate if name.startswith("encoder.") else 1.0
