@@ -129,10 +129,14 @@ class TextEncoder(nn.Module):
 
         Padding may be left out: no other state depends on it.
         """
+        tokens = tokens.to(self.tower.positional_embedding.device)
+        return self.encode_embedded(self.tower.token_embedding(tokens), tokens, positions)
+
+    def encode_embedded(self, embedded: Tensor, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """`encode_tokens` from the tokens' embeddings (B, L, width); the ids only tell where a text ends."""
         tower = self.tower
-        tokens = tokens.to(tower.positional_embedding.device)
         where = slice(tokens.shape[1]) if positions is None else positions
-        h = tower.token_embedding(tokens) + tower.positional_embedding[where]
+        h = embedded + tower.positional_embedding[where]
         mask = _attention_mask(tokens, self.tokenizer.eot_token_id).to(h.dtype)
         h = tower.transformer(h, attn_mask=mask.repeat_interleave(self.config.heads, dim=0))
         return tower.ln_final(h)

@@ -52,6 +52,14 @@ def test_the_contrastive_loss_is_open_clips(tiny_folder):
     assert loss["contrastive"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_captions_of_all_lengths_have_the_states_of_reading_each_alone(tiny_folder):
+    task = task_of(tiny_folder).eval()
+    captions = [" ".join(["fox"] * (number * 7 % 19)) for number in range(21)]
+    alone = torch.cat([task.encoder.encode_tokens(task.captions.tokens([caption])) for caption in captions])
+    expected = alone[torch.arange(21), [number * 7 % 19 + 1 for number in range(21)]]
+    torch.testing.assert_close(task.ends(task.captions.tokens(captions)), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_the_same_twice_is_no_negative(tiny_folder):
     """Pictures 0 and 1 are the same, captions 2 and 3 are: against the sums over what is left, in float64."""
     task = task_of(tiny_folder).eval()
