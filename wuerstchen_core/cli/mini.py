@@ -137,12 +137,15 @@ def _sweep(options: argparse.Namespace) -> None:
     whole_number("--reference", options.reference, 1, 10_000)
     if options.output.suffix != ".json":
         raise WuerstchenError(f"{options.output}: --output takes a .json file")
+    if options.stage == "b" and options.cfg is not None:
+        raise WuerstchenError("--cfg is Stage C's, and --stage b draws by Stage B alone: leave it out")
     emoji, model = EmojiSet(options.data), load_model(options)
+    about = {name: getattr(options, name) for name in ("stage", "count", "draws", "reference")}
     if options.stage == "c":
-        draw, figures = stage_c_draws(model, emoji, options.count, options.draws, options.cfg)
+        about["cfg"] = model.defaults.cfg if options.cfg is None else options.cfg
+        draw, figures = stage_c_draws(model, emoji, options.count, options.draws, about["cfg"])
     else:
         draw, figures = stage_b_draws(model, emoji, options.count, options.draws)
-    about = {name: getattr(options, name) for name in ("stage", "count", "draws", "cfg", "reference")}
     rows: list[dict] = []
     for row in sweep(draw, settings, figures, options.reference):
         rows.append(row)

@@ -87,6 +87,7 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
     figures = [name for name in rows[0] if name not in ("sampler", "schedule", "steps")]
     figures = [name for name in figures if any(row[name] is not None for row in rows)]
     lines = dict.fromkeys((row["sampler"], row["schedule"]) for row in rows)
+    steps = sorted({row["steps"] for row in rows})
     with plotted(path, panels=len(figures), width=5.0) as panels:
         for panel, figure in zip(panels, figures, strict=True):
             for sampler, schedule in lines:
@@ -98,4 +99,6 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
                 if points:
                     panel.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{sampler}, {schedule}")
             panel.set(xlabel="steps", ylabel=figure, title=title, xscale="log")
+            panel.set_xticks(steps, [str(number) for number in steps])
+            panel.minorticks_off()
             panel.legend(fontsize=7)
