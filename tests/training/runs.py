@@ -16,8 +16,9 @@ from torch import nn
 
 import wuerstchen_core as w
 from wuerstchen_core.training.data.batches import open_batches
-from wuerstchen_core.training.loop import run
-from wuerstchen_core.training.loop.run import Plan, train
+from wuerstchen_core.training.loop import processes, run
+from wuerstchen_core.training.loop.plan import Plan
+from wuerstchen_core.training.loop.run import train
 from wuerstchen_core.training.loop.task import Task
 
 PLAN = {"steps": 40, "learning_rate": 0.01, "warm_up": 5, "ema_every": 2, "save_every": 6, "log_every": 1}
@@ -168,16 +169,16 @@ def shard():
     """From now on runs share their weights, on the CPU too, where accelerate shards nothing by itself."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    made = run._accelerator
+    made = run.accelerator_for
 
     def sharding(plan, task):
         accelerator = made(plan, task)
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-        run._set_up_sharding(plugin)
+        processes._set_up_sharding(plugin)
         accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
         return accelerator
 
-    run._accelerator = sharding
+    run.accelerator_for = sharding
 
 
 def run_sharded(folder, rank, port, steps):

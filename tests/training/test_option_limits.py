@@ -7,7 +7,7 @@ import pytest
 import wuerstchen_core as w
 from wuerstchen_core.training.data.options import DataOptions
 from wuerstchen_core.training.loop import record
-from wuerstchen_core.training.loop.run import Plan
+from wuerstchen_core.training.loop.plan import Plan
 from wuerstchen_core.training.options import load
 
 

@@ -18,7 +18,7 @@ from wuerstchen_core.models.stage_b import StageBConfig
 from wuerstchen_core.models.stage_c import StageCConfig
 from wuerstchen_core.training import command
 from wuerstchen_core.training.data.options import DataOptions
-from wuerstchen_core.training.loop.run import Plan
+from wuerstchen_core.training.loop.plan import Plan
 from wuerstchen_core.training.options import listed, literal, load, merge, option, override, read, read_all
 
 

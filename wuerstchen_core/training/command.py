@@ -56,7 +56,7 @@ def train(
         folder: where the run keeps its checkpoints, weights, samples and logs (as in `config`, if not given).
         data: what it learns from: a folder of pictures with captions, or shards (as in `config`, if not given).
         options: all others by their names, which go before `config`'s. They are the fields of `DataOptions`
-            (training/data/options.py), of `Plan` (training/loop/run.py) and of the stage's `Options`
+            (training/data/options.py), of `Plan` (training/loop/plan.py) and of the stage's `Options`
             (training/stages/); `wuerstchen train STAGE --help` lists them with their defaults.
 
     Raises:
@@ -106,7 +106,7 @@ def _module(stage: str):
 
 def _classes(stage: str) -> tuple[type, ...]:
     from .data.options import DataOptions
-    from .loop.run import Plan
+    from .loop.plan import Plan
 
     return RunOptions, DataOptions, Plan, _module(stage).Options
 

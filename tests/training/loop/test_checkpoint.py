@@ -8,7 +8,8 @@ import torch
 
 import wuerstchen_core as w
 from tests.training.runs import PLAN, Toy, logged, run_toy, toy_batches
-from wuerstchen_core.training.loop.run import Plan, train
+from wuerstchen_core.training.loop.plan import Plan
+from wuerstchen_core.training.loop.run import train
 
 STEPS = 12  # two checkpoints, of steps 6 and 12
 

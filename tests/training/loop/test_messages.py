@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 import wuerstchen_core as w
 from tests.training.runs import PLAN, Toy, run_toy, toy_batches
 from wuerstchen_core.training.loop import monitor, run
-from wuerstchen_core.training.loop.run import Plan, train
+from wuerstchen_core.training.loop.plan import Plan
+from wuerstchen_core.training.loop.run import train
 from wuerstchen_core.training.loop.state import RunState
 
 
@@ -173,7 +174,7 @@ def test_a_package_that_is_there_and_broken_gives_its_own_reason(tmp_path, monke
     monkeypatch.setattr(builtins, "__import__", broken)
     with pytest.raises(w.WuerstchenError, match="can't be imported .cannot import name 'Tensor2' from 'torch'.: pip"):
         if package == "accelerate":
-            run._accelerator(Plan(steps=1), Toy())
+            run.accelerator_for(Plan(steps=1), Toy())
         else:
             monitor.Monitor(tmp_path, 0, 1, True).__enter__()
 

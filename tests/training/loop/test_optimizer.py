@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import wuerstchen_core as w
 from tests.training.runs import PLAN, Toy, logged, toy_batches
 from wuerstchen_core.models.stage_c import Prior, StageCConfig
-from wuerstchen_core.training.loop import optimizer, run
+from wuerstchen_core.training.loop import learner, optimizer
 from wuerstchen_core.training.loop.optimizer import optimizer_for
-from wuerstchen_core.training.loop.run import Plan, train
+from wuerstchen_core.training.loop.plan import Plan
+from wuerstchen_core.training.loop.run import train
 
 
 def groups(network, **options):
@@ -59,7 +60,7 @@ def test_between_two_log_entries_nothing_waits_for_the_device(tmp_path):
 
     plan = Plan(**{**PLAN, "steps": 12, "log_every": 6, "save_every": 12, "ema_every": 2})
     seen = []
-    step, results = run._Learner.step, run._Learner.results
+    step, results = learner.Learner.step, learner.Learner.results
 
     def watched(self, *arguments):
         with Waits() as waits:
@@ -68,8 +69,8 @@ def test_between_two_log_entries_nothing_waits_for_the_device(tmp_path):
 
     fetched = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run._Learner, "step", watched)
-        patch.setattr(run._Learner, "results", lambda self: fetched.append(len(self.waiting)) or results(self))
+        patch.setattr(learner.Learner, "step", watched)
+        patch.setattr(learner.Learner, "results", lambda self: fetched.append(len(self.waiting)) or results(self))
         train(Toy(), plan, tmp_path, toy_batches())
     assert seen == [[]] * 12 and fetched == [6, 6]
     assert sorted(logged(tmp_path)["loss/turned"]) == [6, 12]

@@ -8,8 +8,9 @@ import pytest
 from tests.training.runs import PLAN, Toy, toy_batches
 from wuerstchen_core.training.data.options import DataOptions
 from wuerstchen_core.training.loop import record
+from wuerstchen_core.training.loop.plan import Plan
 from wuerstchen_core.training.loop.record import facts, tell_changes
-from wuerstchen_core.training.loop.run import Plan, train
+from wuerstchen_core.training.loop.run import train
 
 OTHERS = "no longer exactly those that it would have had"
 RESIZED = "another size, and each sample is still seen once an epoch"

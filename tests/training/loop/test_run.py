@@ -24,8 +24,9 @@ from tests.training.runs import (
     toy_batches,
     wait_for,
 )
-from wuerstchen_core.training.loop import run
-from wuerstchen_core.training.loop.run import Plan, train
+from wuerstchen_core.training.loop import learner, run
+from wuerstchen_core.training.loop.plan import Plan
+from wuerstchen_core.training.loop.run import train
 from wuerstchen_core.training.loop.state import averaging_copy, move_average
 
 PLAN = Plan(**PLAN)
@@ -152,7 +153,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_what_was_saved(tmp_path, val
 
 def test_a_gradient_that_overflows_float16_is_skipped_and_not_the_end(tmp_path, monkeypatch):
     """On the CPU accelerate has no scaler for float16: the run gets torch's own, at first with too large a scale."""
-    made = run._accelerator
+    made = run.accelerator_for
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
     steep = dict.fromkeys(range(40), 1e4)
 
@@ -162,7 +163,7 @@ def test_a_gradient_that_overflows_float16_is_skipped_and_not_the_end(tmp_path, 
         accelerator.unscale_gradients = lambda: scaler.unscale_(accelerator._optimizers[0].optimizer)
         return accelerator
 
-    monkeypatch.setattr(run, "_accelerator", scaling)
+    monkeypatch.setattr(run, "accelerator_for", scaling)
     train(Toy(spoil=steep), PLAN, tmp_path / "scaled", toy_batches())
     norms = logged(tmp_path / "scaled")["gradient_norm"]
     assert not math.isfinite(norms[1][0]) and math.isfinite(norms[PLAN.steps][0])
@@ -172,7 +173,7 @@ def test_a_gradient_that_overflows_float16_is_skipped_and_not_the_end(tmp_path, 
     assert updates == {sum(math.isfinite(norm) for (norm,) in norms.values())}
 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    monkeypatch.setattr(run, "OVERFLOWS", 2)
+    monkeypatch.setattr(learner, "OVERFLOWS", 2)
     with pytest.raises(w.WuerstchenError, match="step 2 went wrong: .*gradient norm (inf|nan)"):
         train(Toy(spoil=steep), PLAN, tmp_path / "hopeless", toy_batches())
 

@@ -7,7 +7,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from tests.training.runs import PLAN, Toy, logged, toy_batches
 from wuerstchen_core.training.loop.draws import Draws
-from wuerstchen_core.training.loop.run import Plan, train
+from wuerstchen_core.training.loop.plan import Plan
+from wuerstchen_core.training.loop.run import train
 
 
 def held_out():

@@ -20,7 +20,7 @@ from wuerstchen_core.training.command import CONFIGS, RunOptions
 from wuerstchen_core.training.data.options import DataOptions
 from wuerstchen_core.training.data.sources import register
 from wuerstchen_core.training.loop.draws import Draws
-from wuerstchen_core.training.loop.run import Plan
+from wuerstchen_core.training.loop.plan import Plan
 from wuerstchen_core.training.options import load, read_all
 from wuerstchen_core.training.stages import distill
 

@@ -212,7 +212,7 @@ def test_what_a_lora_cannot_be_trained_with_is_named(teach, tmp_path, options, s
 def test_the_shipped_configurations_are_whole(size):
     from wuerstchen_core.training.command import CONFIGS, RunOptions
     from wuerstchen_core.training.data.options import DataOptions
-    from wuerstchen_core.training.loop.run import Plan
+    from wuerstchen_core.training.loop.plan import Plan
     from wuerstchen_core.training.options import load, read_all
 
     path = str(CONFIGS / size / "lora.toml")

@@ -116,7 +116,7 @@ def test_shipped_configurations_name_known_options():
     from dataclasses import fields
 
     from wuerstchen_core.training.command import CONFIGS, RunOptions
-    from wuerstchen_core.training.loop.run import Plan
+    from wuerstchen_core.training.loop.plan import Plan
     from wuerstchen_core.training.options import load, read_all
 
     classes = (RunOptions, DataOptions, Plan, Options)
