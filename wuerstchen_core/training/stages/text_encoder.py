@@ -105,10 +105,11 @@ class TextEncoderTask(Task):
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         options = self.options
         latent = F.adaptive_avg_pool2d(batch["features"]["semantic"], options.grid).flatten(1)
-        tokens = self.captions.tokens(batch["caption"]).to(latent.device)
+        tokens = self.captions.tokens(batch["caption"])
+        states = self.ends(tokens)
+        tokens = tokens.to(latent.device)
         if self.training:
             self._see(tokens)
-        states = self.ends(tokens)
         losses = {}
         if options.contrastive:
             same = _equal(latent) | _equal(tokens)
@@ -121,14 +122,14 @@ class TextEncoderTask(Task):
 
     def ends(self, tokens: Tensor) -> Tensor:
         """Token ids (B, 77) -> the states of the end tokens (B, width)"""
-        tokens = tokens.to(self.encoder.tower.positional_embedding.device)
         end = (tokens == self.encoder.tokenizer.eot_token_id).int().argmax(dim=1)
+        tokens = tokens.to(self.encoder.tower.positional_embedding.device)
         embedded = self.encoder.tower.token_embedding(tokens)
         by_length, states = end.argsort(), []
         for part in by_length.chunk(PARTS):
             length = int(end[part[-1]]) + 1
             read = self.encoder.encode_embedded(embedded[part, :length], tokens[part, :length])
-            states.append(read[torch.arange(len(part), device=end.device), end[part]])
+            states.append(read[torch.arange(len(part)), end[part]])
         return torch.cat(states)[by_length.argsort()]
 
     @torch.no_grad()
